@@ -1,0 +1,102 @@
+"""How many lines an engine is asked at once: found by trying, for an engine that says nothing about itself.
+
+Minimum-latency methods fail on language models, because the length of an answer, not queueing, sets its latency.
+Throughput is what counts: the window doubles while that pays, holds a little above the knee, tries a little more
+now and then, and shrinks only on evidence of overload (429, 503, timeouts), never on a dip in throughput.
+"""
+
+from __future__ import annotations
+
+WINDOW_INITIAL = 16
+# Far above what one engine runs at once (vLLM's default is 256 to 1024); it bounds the worker's memory.
+WINDOW_MAX = 4096
+ROUND_LINES_MIN = 30
+GAIN_THAT_PAYS = 1.15
+FLAT_ROUNDS_MAX = 2
+HEADROOM = 1.25
+ROUNDS_BETWEEN_TRIALS = 4
+DECREASE = 0.7
+
+
+class Window:
+    """The number of lines that may be in flight at one engine replica.
+
+    Pure: every method takes the monotonic time. `fixed` is the window of an engine that states what it can run.
+    """
+
+    def __init__(self, *, fixed: int | None = None) -> None:
+        self._fixed = fixed is not None
+        self.limit: int = fixed if fixed is not None else WINDOW_INITIAL
+        self._doubling = True
+        self._flat_rounds = 0
+        self._held_rounds = 0
+        self._before_trial: int | None = None
+        self._best_rate = 0.0
+        self._knee = self.limit
+        self._decreased_at = float("-inf")
+        self._answers = 0
+        self._saturated = 0
+        self._round_started: float | None = None
+
+    def answered(self, now: float, in_flight: int) -> None:
+        """Count an answer; `in_flight` includes it."""
+        if self._fixed:
+            return
+        if self._round_started is None:
+            self._start_round(now)
+            return
+        self._answers += 1
+        self._saturated = max(self._saturated, in_flight)
+        if self._answers >= max(ROUND_LINES_MIN, self.limit):
+            self._end_round(now)
+
+    def congested(self, now: float, latency_s: float) -> None:
+        """Shrink, once for all the lines that were in flight together: `latency_s` is how long this one took."""
+        if self._fixed or now - self._decreased_at < latency_s:
+            return
+        self._decreased_at = now
+        self._doubling = False
+        self._before_trial = None
+        self._knee = self.limit = max(1, int(self.limit * DECREASE))
+        self._best_rate = 0.0
+        self._start_round(now)
+
+    def _start_round(self, now: float) -> None:
+        self._round_started = now
+        self._answers = 0
+        self._saturated = 0
+
+    def _end_round(self, now: float) -> None:
+        rate = self._answers / max(now - (self._round_started or now), 1e-9)
+        used = self._saturated >= 0.9 * self.limit
+        self._start_round(now)
+        if used:
+            self._learn(rate)
+
+    def _learn(self, rate: float) -> None:
+        pays = rate > self._best_rate * GAIN_THAT_PAYS
+        if pays:
+            self._best_rate, self._knee, self._flat_rounds = rate, self.limit, 0
+        if self._doubling:
+            self._double_or_hold(pays)
+        elif self._before_trial is not None:
+            if not pays:
+                self.limit = self._before_trial
+            self._before_trial = None
+        else:
+            self._hold_or_try()
+
+    def _double_or_hold(self, pays: bool) -> None:
+        self._flat_rounds += not pays
+        if self._flat_rounds >= FLAT_ROUNDS_MAX:
+            self._doubling = False
+            self.limit = min(WINDOW_MAX, max(1, round(self._knee * HEADROOM)))
+        else:
+            self.limit = min(WINDOW_MAX, self.limit * 2)
+
+    def _hold_or_try(self) -> None:
+        self._held_rounds += 1
+        if self._held_rounds >= ROUNDS_BETWEEN_TRIALS and self.limit < WINDOW_MAX:
+            self._held_rounds = 0
+            self._before_trial = self.limit
+            self.limit = min(WINDOW_MAX, max(self.limit + 1, round(self.limit * HEADROOM)))

@@ -1,0 +1,200 @@
+"""The nouns of the system as plain frozen values."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Endpoint(enum.StrEnum):
+    """An API path that a batch can run."""
+
+    CHAT_COMPLETIONS = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RESPONSES = "/v1/responses"
+
+    @property
+    def path(self) -> str:
+        """The path below an engine's base URL, which itself ends in `/v1`."""
+        return self.value.removeprefix("/v1")
+
+
+class BatchStatus(enum.StrEnum):
+    """Where a batch is in its life; `lifecycle` says what may follow what."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+class ShardState(enum.StrEnum):
+    """Where a shard is: waiting, with a worker, or committed."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class Closing(enum.StrEnum):
+    """Why a batch's unsent lines are no longer sent; the code their outcomes carry."""
+
+    EXPIRED = "batch_expired"
+    CANCELLED = "batch_cancelled"
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens, as the engine counted them."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.output_tokens + other.output_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
+
+    def at_least(self, other: Usage) -> Usage:
+        """Return the larger of each count, so that what people watch never runs backwards."""
+        return Usage(*map(max, msgspec.structs.astuple(self), msgspec.structs.astuple(other)))
+
+
+class Tally(msgspec.Struct, frozen=True):
+    """Outcomes counted: `completed` got a 2xx answer, `failed` ran and did not, `unrun` were never sent."""
+
+    completed: int = 0
+    failed: int = 0
+    unrun: int = 0
+    usage: Usage = Usage()
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.completed + other.completed,
+            self.failed + other.failed,
+            self.unrun + other.unrun,
+            self.usage + other.usage,
+        )
+
+    @property
+    def lines(self) -> int:
+        return self.completed + self.failed + self.unrun
+
+    def at_least(self, other: Tally) -> Tally:
+        """Return the larger of each count, so that what people watch never runs backwards."""
+        return Tally(
+            max(self.completed, other.completed),
+            max(self.failed, other.failed),
+            max(self.unrun, other.unrun),
+            self.usage.at_least(other.usage),
+        )
+
+
+class BlobRef(msgspec.Struct, frozen=True):
+    """Stored bytes: a server-made key and a length in bytes."""
+
+    key: str
+    bytes: int
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a client is given to run batches under: it links them to an account and a share of the engine."""
+
+    id: str
+    account_id: str
+    name: str
+    weight: int
+    created_at: int
+
+
+class File(msgspec.Struct, frozen=True):
+    """A stored file: an ordered list of blobs under one id; times are Unix seconds."""
+
+    id: str
+    account_id: str
+    purpose: str
+    filename: str
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+
+
+class BatchStamps(msgspec.Struct, frozen=True):
+    """When a batch entered each status, in Unix seconds; never cleared."""
+
+    created_at: int
+    in_progress_at: int | None = None
+    finalizing_at: int | None = None
+    completed_at: int | None = None
+    failed_at: int | None = None
+    expired_at: int | None = None
+    cancelling_at: int | None = None
+    cancelled_at: int | None = None
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """One run of a file's lines against one endpoint.
+
+    `order` grows with creation and breaks ties between equal seconds. `expires_at` is Unix seconds, or None for
+    the window "unlimited". `problems` is the JSON array of what validation found, as it goes on the wire.
+    """
+
+    id: str
+    order: int
+    account_id: str
+    job_id: str
+    endpoint: Endpoint
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    stamps: BatchStamps
+    expires_at: int | None
+    metadata: dict[str, str] | None
+    model: str | None = None
+    closing: Closing | None = None
+    problems: bytes | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    total: int = 0
+    tally: Tally = Tally()
+    reason: str | None = None
+
+
+class ShardKey(msgspec.Struct, frozen=True):
+    """Names a shard: its batch and its position in the batch, from 0."""
+
+    batch_id: str
+    position: int
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """A run of whole lines: `first_line` is 1-based and physical, `lines` counts the non-blank ones.
+
+    `offset` and `bytes` are in the input file. `epoch` fences: a commit of an earlier one is refused.
+    """
+
+    key: ShardKey
+    first_line: int
+    lines: int
+    offset: int
+    bytes: int
+    state: ShardState = ShardState.PENDING
+    epoch: int = 0
+
+
+class ShardResult(msgspec.Struct, frozen=True):
+    """What a finished shard leaves: its parts of the output and error files, in input order, and the counts."""
+
+    output: BlobRef | None
+    errors: BlobRef | None
+    tally: Tally

@@ -1,0 +1,256 @@
+"""What an engine's answer means for the line that was asked, and for the engine.
+
+docs/RELIABILITY.md has the same table for people. Waits are ranges in seconds: whoever acts on them draws from the
+range (full jitter), so that lines that failed together do not come back together.
+"""
+
+from __future__ import annotations
+
+import email.utils
+from typing import NamedTuple
+
+import msgspec
+
+from pronghorn.domain.answers import Answer, Fault, FaultKind
+from pronghorn.domain.model import Endpoint, Usage
+
+# Tries that a line's own failures may use up. Three for 500, which is seldom cured by waiting; more for gateways.
+ATTEMPTS_MAX = 5
+SERVER_ERROR_ATTEMPTS_MAX = 3
+# A Retry-After beyond this is the engine saying "not now" to everyone, not to this line.
+RETRY_AFTER_LINE_S_MAX = 300.0
+BACKOFF_S_MAX = 60.0
+LOADING_BACKOFF_S_MAX = 30.0
+REFUSED_ACCESS_PAUSE_S = 300.0
+
+
+class Success(NamedTuple):
+    """The answer is the line's outcome, for the output file."""
+
+    usage: Usage
+
+
+class Failure(NamedTuple):
+    """The line's outcome, for the error file: the HTTP answer when `code` is None, else code and text."""
+
+    code: str | None = None
+    message: str = ""
+
+
+class Again(NamedTuple):
+    """Try the line again after a wait between the two bounds."""
+
+    wait_s_min: float
+    wait_s_max: float
+    costs_attempt: bool
+
+
+class Pause(NamedTuple):
+    """Nothing is wrong with the line: leave the engine alone for a while, then probe it with one line."""
+
+    wait_s_min: float
+    wait_s_max: float
+    reason: str
+
+
+Verdict = Success | Failure | Again | Pause
+
+
+class _ChatTokens(msgspec.Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Tokens(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: _ChatTokens | None = None
+    completion_tokens_details: _ChatTokens | None = None
+    input_tokens_details: _ChatTokens | None = None
+    output_tokens_details: _ChatTokens | None = None
+
+    def usage(self) -> Usage:
+        read = self.prompt_tokens_details or self.input_tokens_details or _ChatTokens()
+        written = self.completion_tokens_details or self.output_tokens_details or _ChatTokens()
+        return Usage(
+            self.prompt_tokens or self.input_tokens or 0,
+            read.cached_tokens or 0,
+            self.completion_tokens or self.output_tokens or 0,
+            written.reasoning_tokens or 0,
+        )
+
+
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
+class _Body(msgspec.Struct):
+    usage: _Tokens | None = None
+    choices: list[_Choice] | None = None
+    error: msgspec.Raw | None = None
+
+
+class _Error(msgspec.Struct):
+    code: str | int | None = None
+    type: str | None = None
+    message: str | None = None
+
+
+class _Envelope(msgspec.Struct):
+    error: _Error | str | None = None
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_envelope = msgspec.json.Decoder(_Envelope).decode
+
+
+def judge(answer: Answer | Fault, endpoint: Endpoint, attempt: int, now: float) -> Verdict:
+    """Decide what becomes of a line.
+
+    `attempt` counts the tries charged to the line, this one included, from 1; `now` is Unix seconds, for
+    Retry-After dates.
+    """
+    if isinstance(answer, Fault):
+        return _judge_fault(answer, attempt)
+    if 200 <= answer.status < 300:
+        return _judge_success(answer, endpoint, attempt, now)
+    return _judge_refusal(answer.status, _error_of(answer.body), answer.headers, attempt, now)
+
+
+def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, float]:
+    """Return the range of waits before try `attempt` + 1: it doubles from one second up to the bound."""
+    return 0.0, min(wait_s_max, 2.0 ** (attempt - 1))
+
+
+def _judge_fault(fault: Fault, attempt: int) -> Verdict:
+    match fault.kind:
+        case FaultKind.REFUSED | FaultKind.DNS | FaultKind.CONNECT_TIMEOUT | FaultKind.TLS:
+            return Pause(*_engine_wait(attempt), fault.detail)
+        case FaultKind.ABORTED:
+            return Again(0.0, 0.0, costs_attempt=False)
+        case FaultKind.FIRST_BYTE_TIMEOUT | FaultKind.IDLE_TIMEOUT | FaultKind.TOTAL_TIMEOUT:
+            code, message = "request_timeout", "The engine did not answer in time."
+        case FaultKind.TOO_LARGE:
+            return Failure("upstream_answer_too_large", "The engine's answer was larger than the limit.")
+        case FaultKind.DISCONNECTED | FaultKind.PROTOCOL:
+            code, message = (
+                "upstream_disconnected",
+                "The engine closed the connection before it had answered.",
+            )
+    if attempt >= ATTEMPTS_MAX:
+        return Failure(code, message)
+    return Again(*backoff(attempt, LOADING_BACKOFF_S_MAX), costs_attempt=True)
+
+
+def _judge_success(answer: Answer, endpoint: Endpoint, attempt: int, now: float) -> Verdict:
+    try:
+        body = _decode_body(answer.body)
+    except (ValueError, RecursionError):
+        return _retry_or(Failure("upstream_disconnected", "The engine's answer was not valid JSON."), attempt)
+    if body.error is not None and bytes(body.error) != b"null":
+        error = _error_of(answer.body)
+        status = error.code if isinstance(error.code, int) else 500
+        return _judge_refusal(status, error, answer.headers, attempt, now)
+    if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
+        if not body.choices:
+            return _retry_or(Failure("upstream_empty", "The engine's answer held no choices."), attempt)
+        if any(choice.finish_reason in ("abort", "error") for choice in body.choices):
+            failure = Failure("upstream_aborted", "The engine broke off its answer.")
+            return _retry_or(failure, attempt, wait_s_max=1.0)
+    return Success(body.usage.usage() if body.usage else Usage())
+
+
+def _judge_refusal(status: int, error: _Error, headers: dict[bytes, bytes], attempt: int, now: float) -> Verdict:
+    match status:
+        case 429:
+            return _judge_rate_limit(error, headers, attempt, now)
+        case 401 | 403:
+            reason = f"the engine refuses access with status {status}"
+            return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, reason)
+        case 503:
+            wait = retry_after(headers, now)
+            bounds = (wait, wait) if wait is not None else _engine_wait(attempt)
+            return Pause(*bounds, "the engine answers 503 (loading or overloaded)")
+        case 408 | 409 | 425 | 502 | 504 | 529:
+            return _retry_or(Failure(), attempt)
+        case _ if status >= 500:
+            return _retry_or(Failure(), attempt, attempts_max=SERVER_ERROR_ATTEMPTS_MAX)
+        case _:
+            return Failure()
+
+
+def _judge_rate_limit(error: _Error, headers: dict[bytes, bytes], attempt: int, now: float) -> Verdict:
+    wait = retry_after(headers, now)
+    if error.code == "insufficient_quota" or error.type == "insufficient_quota":
+        return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, "the engine says the quota is used up")
+    if wait is None:
+        return Again(*backoff(attempt), costs_attempt=False)
+    if wait > RETRY_AFTER_LINE_S_MAX:
+        return Pause(wait, wait, f"the engine asks to be left alone for {wait:.0f} s (429)")
+    return Again(wait, wait + max(1.0, wait / 10), costs_attempt=False)
+
+
+def retry_after(headers: dict[bytes, bytes], now: float) -> float | None:
+    """Return the seconds that an answer asks to wait, whichever of the usual headers says so."""
+    if (millis := _number(headers.get(b"retry-after-ms"))) is not None:
+        return millis / 1000
+    if (value := headers.get(b"retry-after")) is not None:
+        seconds = _number(value)
+        return seconds if seconds is not None else _seconds_until(value, now)
+    for name in (b"x-ratelimit-reset-requests", b"x-ratelimit-reset-tokens"):
+        if (reset := headers.get(name)) is not None and (wait := _duration(reset)) is not None:
+            return wait
+    return None
+
+
+def _engine_wait(attempt: int) -> tuple[float, float]:
+    return 1.0, max(1.0, min(LOADING_BACKOFF_S_MAX, 2.0**attempt))
+
+
+def _retry_or(
+    failure: Failure, attempt: int, *, attempts_max: int = ATTEMPTS_MAX, wait_s_max: float = BACKOFF_S_MAX
+) -> Verdict:
+    if attempt >= attempts_max:
+        return failure
+    return Again(*backoff(attempt, wait_s_max), costs_attempt=True)
+
+
+def _error_of(body: bytes) -> _Error:
+    try:
+        error = _decode_envelope(body).error
+    except (ValueError, RecursionError):
+        return _Error()
+    return error if isinstance(error, _Error) else _Error(message=error)
+
+
+def _number(value: bytes | None) -> float | None:
+    try:
+        number = float(value) if value is not None else -1.0
+    except ValueError:
+        return None
+    return number if 0 <= number < float("inf") else None
+
+
+def _seconds_until(date: bytes, now: float) -> float | None:
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(date.decode("latin-1")).timestamp() - now)
+    except ValueError:
+        return None
+
+
+def _duration(value: bytes) -> float | None:
+    """Read OpenAI's `6m0s`, `1.5s` or `20ms`."""
+    total, rest = 0.0, value.decode("latin-1").strip()
+    if not rest:
+        return None
+    while rest:
+        digits = next((i for i, char in enumerate(rest) if char not in "0123456789."), len(rest))
+        unit = next((name for name in ("ms", "h", "m", "s") if rest.startswith(name, digits)), None)
+        number = _number(rest[:digits].encode())
+        if number is None or (unit is None and rest[digits:]):
+            return None
+        total += number * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, None: 1}[unit]
+        rest = rest[digits + len(unit or "") :]
+    return total

@@ -1,0 +1,252 @@
+"""What makes an input line acceptable, and what is said about one that is not.
+
+Codes and texts are OpenAI's where they are known; docs/WIRE.md lists them all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from pronghorn.domain.model import Endpoint
+from pronghorn.limits import CUSTOM_ID_CHARS_MAX
+
+_REQUIRED_INPUT = {
+    Endpoint.CHAT_COMPLETIONS: "messages",
+    Endpoint.COMPLETIONS: "prompt",
+    Endpoint.EMBEDDINGS: "input",
+    Endpoint.RESPONSES: "input",
+}
+_STREAMING_NAME = {
+    Endpoint.CHAT_COMPLETIONS: "Chat Completions",
+    Endpoint.COMPLETIONS: "Completions",
+    Endpoint.EMBEDDINGS: "Embeddings",
+    Endpoint.RESPONSES: "Responses",
+}
+_TYPE_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+class Problem(NamedTuple):
+    """One thing wrong with a batch's input: OpenAI's error code, its text, and where (1-based line)."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class Peek(msgspec.Struct):
+    """The parts of a body that decide whether its line can run."""
+
+    model: str
+    stream: bool | None = None
+    messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    prompt: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    input: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class CheckedLine(msgspec.Struct):
+    """A line whose shape is right."""
+
+    custom_id: str
+    method: str
+    url: str
+    body: Peek
+
+
+class Rules(NamedTuple):
+    """What a batch asks of each line: its endpoint, and whether a model can be run there."""
+
+    endpoint: Endpoint
+    knows_model: Callable[[str], bool]
+
+
+_decode = msgspec.json.Decoder(CheckedLine).decode
+
+
+def check_line(raw: bytes, rules: Rules) -> CheckedLine | None:
+    """Return the line if nothing is wrong with it alone, else None: `explain` then says what is.
+
+    `raw` is one line without its newline. The fast path of planning: about 2 us for a 1 KB line.
+    """
+    try:
+        line = _decode(raw)
+        raw.decode()
+    except (ValueError, RecursionError):
+        return None
+    body = line.body
+    if (
+        line.method != "POST"
+        or line.url != rules.endpoint
+        or body.stream
+        or getattr(body, _REQUIRED_INPUT[rules.endpoint]) is msgspec.UNSET
+        or len(line.custom_id) > CUSTOM_ID_CHARS_MAX
+        or (b"\\" in raw and _has_lone_surrogate(raw))
+        or not rules.knows_model(body.model)
+    ):
+        return None
+    return line
+
+
+def explain(raw: bytes, number: int, rules: Rules) -> list[Problem]:
+    """Return every problem of a line that `check_line` refused, in the order of its fields."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        message = f"This line is not valid UTF-8: byte {error.start + 1} of the line is wrong."
+        return [Problem("invalid_json_line", message, None, number)]
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        return [Problem("invalid_json_line", "This line is nested too deeply.", None, number)]
+    except ValueError as error:
+        return [Problem("invalid_json_line", _not_json(text, error), None, number)]
+    if not isinstance(value, dict):
+        message = f"This line is not a JSON object: expected an object, but got {type_name(value)} instead."
+        return [Problem("invalid_json_line", message, None, number)]
+    problems = list(_problems(value, number, rules))
+    if _has_lone_surrogate(raw):
+        message = "This line holds half of a UTF-16 surrogate pair (\\ud800-\\udfff), which is not text."
+        problems.append(Problem("invalid_json_line", message, None, number))
+    return problems or [_unexplained(raw, number)]
+
+
+def duplicate(custom_id: str, number: int) -> Problem:
+    """Return the problem of a custom_id that an earlier line has already used."""
+    message = (
+        f"The custom_id '{custom_id}' for this request is a duplicate of another request. "
+        "The custom_id parameter must be unique for each request in a batch."
+    )
+    return Problem("duplicate_custom_id", message, "custom_id", number)
+
+
+def other_model(model: str, number: int) -> Problem:
+    """Return the problem of a line whose model is not the first line's."""
+    message = (
+        f"The model '{model}' for this request does not match the rest of the batch. "
+        "Each batch must contain requests for a single model."
+    )
+    return Problem("mismatched_model", message, "body.model", number)
+
+
+def too_long(bytes_max: int, number: int) -> Problem:
+    """Return the problem of a line above the limit of `bytes_max` bytes."""
+    message = f"This line is longer than the {bytes_max} bytes that a line may have."
+    return Problem("line_too_long", message, None, number)
+
+
+def empty_file() -> Problem:
+    """Return the problem of an input file without a single line."""
+    message = "The input file is empty. Please ensure that the batch contains at least one request."
+    return Problem("empty_file", message, None, None)
+
+
+def type_name(value: object) -> str:
+    """Return how OpenAI's messages name a JSON value's type."""
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "an integer" if isinstance(value, int) else "a decimal number"
+    return _TYPE_NAMES[type(value)]
+
+
+def _problems(line: dict[str, Any], number: int, rules: Rules) -> Iterator[Problem]:
+    for field in ("custom_id", "method", "url", "body"):
+        if field not in line:
+            message = f"Missing required parameter: '{field}'."
+            yield Problem("missing_required_parameter", message, field, number)
+    for field in ("custom_id", "method", "url"):
+        if field in line and not isinstance(line[field], str):
+            yield _wrong_type(field, "a string", line[field], number)
+    yield from _custom_id_problems(line.get("custom_id"), number)
+    method = line.get("method")
+    if isinstance(method, str) and method != "POST":
+        message = f"Invalid value: '{method}'. Supported values are: 'POST'."
+        yield Problem("invalid_value", message, "method", number)
+    url = line.get("url")
+    if isinstance(url, str) and url != rules.endpoint:
+        message = "The URL provided for this request does not match the batch endpoint."
+        yield Problem("invalid_url", message, "url", number)
+    if "body" in line:
+        yield from _body_problems(line["body"], number, rules)
+
+
+def _custom_id_problems(custom_id: object, number: int) -> Iterator[Problem]:
+    if isinstance(custom_id, str) and len(custom_id) > CUSTOM_ID_CHARS_MAX:
+        message = (
+            f"Invalid 'custom_id': string too long. Expected a string with maximum length {CUSTOM_ID_CHARS_MAX}, "
+            f"but got a string with length {len(custom_id)} instead."
+        )
+        yield Problem("string_above_max_length", message, "custom_id", number)
+
+
+def _body_problems(body: object, number: int, rules: Rules) -> Iterator[Problem]:
+    if not isinstance(body, dict):
+        yield _wrong_type("body", "an object", body, number)
+        return
+    model = body.get("model")
+    if model is None:
+        yield Problem("invalid_request", "Model parameter is required.", "body.model", number)
+    elif not isinstance(model, str):
+        yield _wrong_type("body.model", "a string", model, number)
+    elif not rules.knows_model(model):
+        message = f"The provided model '{model}' is not supported by the Batch API."
+        yield Problem("model_not_found", message, "body.model", number)
+    field = _REQUIRED_INPUT[rules.endpoint]
+    if field not in body:
+        message = f"{field.capitalize()} parameter is required."
+        yield Problem("invalid_request", message, f"body.{field}", number)
+    stream = body.get("stream")
+    if stream is True:
+        name = _STREAMING_NAME[rules.endpoint]
+        message = f"{name}: Streaming is not supported in the Batch API."
+        yield Problem("streaming_unsupported", message, "body.stream", number)
+    elif stream not in (None, False):
+        yield _wrong_type("body.stream", "a boolean", stream, number)
+
+
+def _wrong_type(field: str, expected: str, value: object, number: int) -> Problem:
+    message = f"Invalid type for '{field}': expected {expected}, but got {type_name(value)} instead."
+    return Problem("invalid_type", message, field, number)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _not_json(text: str, error: ValueError) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return f"This line is not parseable as valid JSON: {error}."
+    if error.pos >= len(text):
+        return "This line is not parseable as valid JSON: it ends too early."
+    return f"This line is not parseable as valid JSON: {error.msg} at column {error.colno}."
+
+
+def _unexplained(raw: bytes, number: int) -> Problem:
+    """Describe what only the stricter decoder refuses, such as numbers beyond a double or deep nesting."""
+    try:
+        _decode(raw)
+    except RecursionError:
+        message = "This line is nested too deeply."
+    except ValueError as error:
+        message = f"This line is not parseable as valid JSON: {error}."
+    else:
+        message = "This line is not acceptable."
+    return Problem("invalid_json_line", message, None, number)
+
+
+def _has_lone_surrogate(raw: bytes) -> bool:
+    if not _SURROGATE.search(raw):
+        return False
+    try:
+        json.dumps(json.loads(raw), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return False

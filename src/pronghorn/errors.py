@@ -1,0 +1,106 @@
+"""Every error the program raises on purpose, in one tree.
+
+PronghornError
+├── RequestError            a client's request cannot be served; carries OpenAI's envelope and its HTTP status
+│   ├── InvalidRequest      400
+│   ├── NotFound            404
+│   ├── Conflict            409
+│   ├── TooLarge            413
+│   └── OutOfSpace          507
+├── UsageError              a command or a setting is wrong; one line on stderr, exit status 2
+├── EngineError             an engine cannot be started or reached
+├── StorageError            stored data cannot be read or written
+│   ├── NotStored           no blob under that key
+│   ├── Damaged             stored bytes are not what was written
+│   └── Fenced              a later epoch owns what this commit wanted to change
+└── InvariantError          a bug of ours
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+
+class PronghornError(Exception):
+    """The root of the tree; its text is written for people."""
+
+
+class RequestError(PronghornError):
+    """A client's request cannot be served: an HTTP status and the four keys of OpenAI's error envelope."""
+
+    status = 400
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(RequestError):
+    """The request itself is wrong."""
+
+
+class NotFound(RequestError):
+    """What the request names does not exist for this caller."""
+
+    status = 404
+
+
+class Conflict(RequestError):
+    """What the request names is in a state that forbids it."""
+
+    status = 409
+
+
+class TooLarge(RequestError):
+    """The request's body is above a limit."""
+
+    status = 413
+
+
+class OutOfSpace(RequestError):
+    """The disk is full; the client may try again later."""
+
+    status = 507
+    type = "server_error"
+
+
+class UsageError(PronghornError):
+    """A command line, a setting or an input file is wrong."""
+
+
+class EngineError(PronghornError):
+    """An engine cannot be started or reached."""
+
+
+class StorageError(PronghornError):
+    """Stored data cannot be read or written."""
+
+
+class NotStored(StorageError):
+    """There is no blob under that key."""
+
+
+class Damaged(StorageError):
+    """Stored bytes are not what was written."""
+
+
+class Fenced(StorageError):
+    """A later epoch owns what this commit wanted to change."""
+
+
+class InvariantError(PronghornError):
+    """A promise that our own code makes to itself does not hold."""
+
+
+def unreachable(what: str) -> NoReturn:
+    """Raise InvariantError for a branch that no input can reach."""
+    raise InvariantError(f"unreachable: {what}")
+
+
+def invariant(holds: bool, what: str) -> None:
+    """Raise InvariantError unless `holds`; unlike assert it survives `python -O`."""
+    if not holds:
+        raise InvariantError(what)

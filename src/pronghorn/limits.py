@@ -1,0 +1,34 @@
+"""Every bound that is not a setting: its name ends in its unit, and its reason stands beside it."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# A line that carries a few base64 images fits; a runaway file without newlines does not fill memory.
+LINE_BYTES_MAX = 16 * MIB
+# Long enough for a URL or a path as an id; short enough that ids never dominate a result file.
+CUSTOM_ID_CHARS_MAX = 512
+# A batch object with this many problems is about 15 MB of JSON; beyond it the rest is counted, not listed.
+LINE_PROBLEMS_MAX = 100_000
+
+# A shard is the unit of scheduling, of recovery and of growth of the readable output. About 64 a batch keeps
+# progress visible; the upper bounds keep a shard's sort and its re-read after a crash within a second.
+SHARDS_PER_BATCH_AIM = 64
+SHARD_BYTES_MIN = 64 * KIB
+SHARD_BYTES_MAX = 16 * MIB
+SHARD_LINES_MAX = 4096
+
+# Custom_id hashes held in memory while a file is planned, 8 bytes each; more spill to a temporary file.
+PLANNING_HASHES_IN_MEMORY_MAX = 4_000_000
+
+# Reads and writes of stored files: large enough that a call's overhead vanishes, small enough for flat memory.
+FILE_CHUNK_BYTES = 1 * MIB
+
+# Metadata, as OpenAI has it.
+METADATA_PAIRS_MAX = 16
+METADATA_KEY_CHARS_MAX = 64
+METADATA_VALUE_CHARS_MAX = 512
+
+# A JSON request body (never a file) is read whole.
+JSON_BODY_BYTES_MAX = 1 * MIB
