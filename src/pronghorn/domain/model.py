@@ -198,3 +198,21 @@ class ShardResult(msgspec.Struct, frozen=True):
     output: BlobRef | None
     errors: BlobRef | None
     tally: Tally
+
+
+class Replica(msgspec.Struct, frozen=True):
+    """One base URL that answers lines, ending in `/v1`.
+
+    `models` is None when the server has no list of its own: then any name is sent on. `window` is the number of lines
+    it runs at once, or None when that has to be found. Its key is in the environment variable `api_key_env`.
+    """
+
+    base_url: str
+    endpoints: tuple[Endpoint, ...] = tuple(Endpoint)
+    models: tuple[str, ...] | None = None
+    window: int | None = None
+    api_key_env: str | None = None
+
+    def answers(self, endpoint: Endpoint, model: str) -> bool:
+        """Tell whether lines for `endpoint` that name `model` can be sent here."""
+        return endpoint in self.endpoints and (self.models is None or model in self.models)

@@ -64,34 +64,67 @@ class Rejection(NamedTuple):
     unlisted: int
 
 
-def split_lines(chunks: Iterable[bytes], *, line_bytes_max: int, offset: int = 0, number: int = 1) -> Iterator[RawLine]:
-    """Yield the lines of a byte stream whose first byte is at `offset`, on line `number`, of its file.
+class LineSplitter:
+    """Cuts a byte stream into lines as it comes.
 
     Only a newline ends a line. A byte order mark at the file's start belongs to no line. A line of more than
-    `line_bytes_max` bytes is never held: it is skipped to its newline and yielded without content.
+    `line_bytes_max` bytes is never held: it is skipped to its newline and comes out without content. `offset` and
+    `number` are those of the stream's first byte and line in their file.
     """
-    rest = b""
-    skipped = 0
-    for chunk in chunks:
-        if offset == 0 and not skipped and (rest + chunk).startswith(BOM):
-            chunk, rest, offset = (rest + chunk)[len(BOM) :], b"", len(BOM)
-        *lines, tail = chunk.split(b"\n")
-        for piece in lines:
-            length = skipped + len(rest) + len(piece) + 1
-            content = None if length - 1 > line_bytes_max else (rest + piece if rest else piece).strip(b" \t\r")
-            yield RawLine(number, offset, length, content)
-            offset += length
-            number += 1
-            rest, skipped = b"", 0
-        if skipped or len(rest) + len(tail) > line_bytes_max:
-            skipped += len(rest) + len(tail)
-            rest = b""
+
+    def __init__(self, *, line_bytes_max: int, offset: int = 0, number: int = 1) -> None:
+        self._line_bytes_max = line_bytes_max
+        self._offset = offset
+        self._number = number
+        self._rest = b""
+        self._skipped = 0
+        self._at_start = offset == 0
+
+    def feed(self, chunk: bytes) -> Iterator[RawLine]:
+        """Yield the lines that end in `chunk`; consume it whole before the next."""
+        if self._at_start:
+            chunk = self._without_mark(chunk)
+        *pieces, tail = chunk.split(b"\n")
+        for piece in pieces:
+            yield self._line(piece, newline=1)
+        if self._skipped or len(self._rest) + len(tail) > self._line_bytes_max:
+            self._skipped += len(self._rest) + len(tail)
+            self._rest = b""
         else:
-            rest = rest + tail if rest else tail
-    if skipped:
-        yield RawLine(number, offset, skipped, None)
-    elif rest:
-        yield RawLine(number, offset, len(rest), rest.strip(b" \t\r"))
+            self._rest = self._rest + tail if self._rest else tail
+
+    def finish(self) -> Iterator[RawLine]:
+        """Yield the last line if no newline ended it."""
+        if self._rest or self._skipped:
+            yield self._line(b"", newline=0)
+
+    def _line(self, piece: bytes, newline: int) -> RawLine:
+        length = self._skipped + len(self._rest) + len(piece)
+        content = None
+        if length <= self._line_bytes_max:
+            content = (self._rest + piece if self._rest else piece).strip(b" \t\r")
+        line = RawLine(self._number, self._offset, length + newline, content)
+        self._offset += length + newline
+        self._number += 1
+        self._rest, self._skipped = b"", 0
+        return line
+
+    def _without_mark(self, chunk: bytes) -> bytes:
+        start = self._rest + chunk
+        self._rest = b""
+        self._at_start = len(start) < len(BOM)
+        if start.startswith(BOM):
+            self._offset = len(BOM)
+            return start[len(BOM) :]
+        return start
+
+
+def split_lines(chunks: Iterable[bytes], *, line_bytes_max: int) -> Iterator[RawLine]:
+    """Yield the lines of a whole file."""
+    splitter = LineSplitter(line_bytes_max=line_bytes_max)
+    for chunk in chunks:
+        yield from splitter.feed(chunk)
+    yield from splitter.finish()
 
 
 def plan_file(

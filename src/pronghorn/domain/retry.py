@@ -56,6 +56,15 @@ class Pause(NamedTuple):
 Verdict = Success | Failure | Again | Pause
 
 
+class Effort(NamedTuple):
+    """What a line has had: `tries` counts all, this one included; `charged` those that use up its attempts;
+    `pauses` how often in a row the engine has been paused."""
+
+    tries: int = 1
+    charged: int = 1
+    pauses: int = 0
+
+
 class _ChatTokens(msgspec.Struct):
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
@@ -106,17 +115,13 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
-def judge(answer: Answer | Fault, endpoint: Endpoint, attempt: int, now: float) -> Verdict:
-    """Decide what becomes of a line.
-
-    `attempt` counts the tries charged to the line, this one included, from 1; `now` is Unix seconds, for
-    Retry-After dates.
-    """
+def judge(answer: Answer | Fault, endpoint: Endpoint, effort: Effort, now: float) -> Verdict:
+    """Decide what becomes of a line; `now` is Unix seconds, for Retry-After dates."""
     if isinstance(answer, Fault):
-        return _judge_fault(answer, attempt)
+        return _judge_fault(answer, effort)
     if 200 <= answer.status < 300:
-        return _judge_success(answer, endpoint, attempt, now)
-    return _judge_refusal(answer.status, _error_of(answer.body), answer.headers, attempt, now)
+        return _judge_success(answer, endpoint, effort, now)
+    return _judge_refusal(answer.status, _error_of(answer.body), answer.headers, effort, now)
 
 
 def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, float]:
@@ -124,10 +129,10 @@ def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, flo
     return 0.0, min(wait_s_max, 2.0 ** (attempt - 1))
 
 
-def _judge_fault(fault: Fault, attempt: int) -> Verdict:
+def _judge_fault(fault: Fault, effort: Effort) -> Verdict:
     match fault.kind:
         case FaultKind.REFUSED | FaultKind.DNS | FaultKind.CONNECT_TIMEOUT | FaultKind.TLS:
-            return Pause(*_engine_wait(attempt), fault.detail)
+            return Pause(*_engine_wait(effort.pauses), fault.detail)
         case FaultKind.ABORTED:
             return Again(0.0, 0.0, costs_attempt=False)
         case FaultKind.FIRST_BYTE_TIMEOUT | FaultKind.IDLE_TIMEOUT | FaultKind.TOTAL_TIMEOUT:
@@ -139,54 +144,52 @@ def _judge_fault(fault: Fault, attempt: int) -> Verdict:
                 "upstream_disconnected",
                 "The engine closed the connection before it had answered.",
             )
-    if attempt >= ATTEMPTS_MAX:
-        return Failure(code, message)
-    return Again(*backoff(attempt, LOADING_BACKOFF_S_MAX), costs_attempt=True)
+    return _retry_or(Failure(code, message), effort, wait_s_max=LOADING_BACKOFF_S_MAX)
 
 
-def _judge_success(answer: Answer, endpoint: Endpoint, attempt: int, now: float) -> Verdict:
+def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: float) -> Verdict:
     try:
         body = _decode_body(answer.body)
     except (ValueError, RecursionError):
-        return _retry_or(Failure("upstream_disconnected", "The engine's answer was not valid JSON."), attempt)
+        return _retry_or(Failure("upstream_disconnected", "The engine's answer was not valid JSON."), effort)
     if body.error is not None and bytes(body.error) != b"null":
         error = _error_of(answer.body)
         status = error.code if isinstance(error.code, int) else 500
-        return _judge_refusal(status, error, answer.headers, attempt, now)
+        return _judge_refusal(status, error, answer.headers, effort, now)
     if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
         if not body.choices:
-            return _retry_or(Failure("upstream_empty", "The engine's answer held no choices."), attempt)
+            return _retry_or(Failure("upstream_empty", "The engine's answer held no choices."), effort)
         if any(choice.finish_reason in ("abort", "error") for choice in body.choices):
             failure = Failure("upstream_aborted", "The engine broke off its answer.")
-            return _retry_or(failure, attempt, wait_s_max=1.0)
+            return _retry_or(failure, effort, wait_s_max=1.0)
     return Success(body.usage.usage() if body.usage else Usage())
 
 
-def _judge_refusal(status: int, error: _Error, headers: dict[bytes, bytes], attempt: int, now: float) -> Verdict:
+def _judge_refusal(status: int, error: _Error, headers: dict[bytes, bytes], effort: Effort, now: float) -> Verdict:
     match status:
         case 429:
-            return _judge_rate_limit(error, headers, attempt, now)
+            return _judge_rate_limit(error, headers, effort, now)
         case 401 | 403:
             reason = f"the engine refuses access with status {status}"
             return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, reason)
         case 503:
             wait = retry_after(headers, now)
-            bounds = (wait, wait) if wait is not None else _engine_wait(attempt)
+            bounds = (wait, wait) if wait is not None else _engine_wait(effort.pauses)
             return Pause(*bounds, "the engine answers 503 (loading or overloaded)")
         case 408 | 409 | 425 | 502 | 504 | 529:
-            return _retry_or(Failure(), attempt)
+            return _retry_or(Failure(), effort)
         case _ if status >= 500:
-            return _retry_or(Failure(), attempt, attempts_max=SERVER_ERROR_ATTEMPTS_MAX)
+            return _retry_or(Failure(), effort, attempts_max=SERVER_ERROR_ATTEMPTS_MAX)
         case _:
             return Failure()
 
 
-def _judge_rate_limit(error: _Error, headers: dict[bytes, bytes], attempt: int, now: float) -> Verdict:
+def _judge_rate_limit(error: _Error, headers: dict[bytes, bytes], effort: Effort, now: float) -> Verdict:
     wait = retry_after(headers, now)
     if error.code == "insufficient_quota" or error.type == "insufficient_quota":
         return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, "the engine says the quota is used up")
     if wait is None:
-        return Again(*backoff(attempt), costs_attempt=False)
+        return Again(*backoff(effort.tries), costs_attempt=False)
     if wait > RETRY_AFTER_LINE_S_MAX:
         return Pause(wait, wait, f"the engine asks to be left alone for {wait:.0f} s (429)")
     return Again(wait, wait + max(1.0, wait / 10), costs_attempt=False)
@@ -205,16 +208,16 @@ def retry_after(headers: dict[bytes, bytes], now: float) -> float | None:
     return None
 
 
-def _engine_wait(attempt: int) -> tuple[float, float]:
-    return 1.0, max(1.0, min(LOADING_BACKOFF_S_MAX, 2.0**attempt))
+def _engine_wait(pauses: int) -> tuple[float, float]:
+    return 1.0, max(1.0, min(LOADING_BACKOFF_S_MAX, 2.0**pauses))
 
 
 def _retry_or(
-    failure: Failure, attempt: int, *, attempts_max: int = ATTEMPTS_MAX, wait_s_max: float = BACKOFF_S_MAX
+    failure: Failure, effort: Effort, *, attempts_max: int = ATTEMPTS_MAX, wait_s_max: float = BACKOFF_S_MAX
 ) -> Verdict:
-    if attempt >= attempts_max:
+    if effort.charged >= attempts_max:
         return failure
-    return Again(*backoff(attempt, wait_s_max), costs_attempt=True)
+    return Again(*backoff(effort.charged, wait_s_max), costs_attempt=True)
 
 
 def _error_of(body: bytes) -> _Error:

@@ -1,0 +1,328 @@
+"""Moves every batch through its life: one loop that takes what workers report and decides what is next.
+
+Everything here runs in one task, one event after the other, so there is nothing to lock. All that must survive is in
+the metadata; what is held in memory can be read back from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pronghorn.clock import Clock
+from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Route
+from pronghorn.control.finalizer import Finalizer
+from pronghorn.control.planner import Planner
+from pronghorn.domain.fairness import Candidate, FairShare
+from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, ShardKey, Tally
+from pronghorn.engines.base import EnginePool
+from pronghorn.errors import Fenced
+from pronghorn.executors.base import Executor
+from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.segments import Segments
+from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Progress, Ready, Report, Sent
+
+log = logging.getLogger("pronghorn.coordinator")
+
+# How stale the status of a batch may be, and how late a deadline is noticed.
+TICK_S = 0.5
+# Shards with unsent lines that a worker holds for one set of replicas: one being sent, one ready behind it.
+UNSENT_SHARDS_MAX = 2
+# A shard that the disk refused is not handed out again at once.
+BROKEN_WAIT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A planned batch that has not ended: what is done, what is under way."""
+
+    batch: Batch
+    job: Job
+    blobs: list[BlobRef]
+    done: Tally
+    unfinished: int
+    live: dict[ShardKey, Tally] = field(default_factory=dict)
+    waiting: bool = True
+    held_until: float = 0.0
+    broken: str | None = None
+    shown: tuple[Tally, str | None] = (Tally(), None)
+
+    @property
+    def tally(self) -> Tally:
+        return sum(self.live.values(), self.done)
+
+
+class Coordinator:
+    """The one active coordinator of a server."""
+
+    def __init__(
+        self,
+        *,
+        metadata: Metadata,
+        segments: Segments,
+        engines: EnginePool,
+        executor: Executor,
+        planner: Planner,
+        finalizer: Finalizer,
+        clock: Clock,
+        configure: Configure,
+        workers: int,
+    ) -> None:
+        self._metadata = metadata
+        self._segments = segments
+        self._engines = engines
+        self._planner = planner
+        self._finalizer = finalizer
+        self._clock = clock
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._crew = [
+            CrewMember(executor, configure, engines.replicas, self._events.put_nowait) for _ in range(workers)
+        ]
+        self._open: dict[str, _Open] = {}
+        self._planning: dict[str, asyncio.Task[None]] = {}
+        self._paused: dict[CrewMember, dict[str, str]] = {}
+        self._shares: dict[Route, FairShare] = {}
+        self._stopping = False
+        self._drain_s = 0.0
+
+    def wake(self) -> None:
+        """Look for new work now rather than at the next tick."""
+        self._events.put_nowait(None)
+
+    def stop(self, drain_s: float) -> None:
+        """Send no further line, let those in flight finish for up to `drain_s`, and make `run` return."""
+        self._stopping = True
+        for member in self._crew:
+            member.stop(drain_s)
+        self.wake()
+
+    async def run(self) -> None:
+        """Work until stopped."""
+        await self._metadata.release_shards()
+        self._engines.on_change(self._use_replicas)
+        crew = asyncio.gather(*(member.run() for member in self._crew))
+        crew.add_done_callback(lambda _: self.wake())
+        try:
+            while not crew.done():
+                await self._take_events()
+                if not self._stopping:
+                    await self._look()
+            await self._take_events()
+            crew.result()
+        finally:
+            for task in self._planning.values():
+                task.cancel()
+            await asyncio.gather(crew, *self._planning.values(), return_exceptions=True)
+
+    # Events
+
+    async def _take_events(self) -> None:
+        """Handle everything that has been reported, after waiting up to a tick for something to be."""
+        try:
+            async with asyncio.timeout(TICK_S):
+                event = await self._events.get()
+        except TimeoutError:
+            return
+        await self._handle(event)
+        while not self._events.empty():
+            await self._handle(self._events.get_nowait())
+
+    async def _handle(self, event: Event | None) -> None:
+        match event:
+            case Reported(member, report):
+                await self._handle_report(member, report)
+            case Gone(member):
+                self._paused.pop(member, None)
+                for key, held in list(member.held.items()):
+                    await self._take_back(member, key, held.epoch)
+
+    async def _handle_report(self, member: CrewMember, report: Report) -> None:
+        match report:
+            case Ready():
+                pass
+            case Sent(key, epoch):
+                if (held := member.held.get(key)) and held.epoch == epoch:
+                    held.sent = True
+            case Progress(shards, paused):
+                self._paused[member] = paused
+                for shard in shards:
+                    held = member.held.get(shard.key)
+                    if held and held.epoch == shard.epoch and (batch := self._open.get(shard.key.batch_id)):
+                        batch.live[shard.key] = shard.tally
+            case Done(key, epoch):
+                await self._commit(member, report)
+            case Broken(key, epoch, reason):
+                log.error("shard %d of %s: %s", key.position, key.batch_id, reason)
+                await self._take_back(member, key, epoch)
+                if batch := self._open.get(key.batch_id):
+                    batch.broken = reason
+                    batch.held_until = self._clock.monotonic() + BROKEN_WAIT_S
+
+    async def _commit(self, member: CrewMember, done: Done) -> None:
+        member.held.pop(done.key, None)
+        try:
+            await self._metadata.commit_shard(done.key, done.epoch, done.result)
+        except Fenced as fenced:
+            log.warning("a late result is refused: %s", fenced)
+            return
+        await asyncio.to_thread(self._segments.discard, done.key)
+        if batch := self._open.get(done.key.batch_id):
+            batch.live.pop(done.key, None)
+            batch.done += done.result.tally
+            batch.unfinished -= 1
+            batch.broken = None
+
+    async def _take_back(self, member: CrewMember, key: ShardKey, epoch: int) -> None:
+        member.held.pop(key, None)
+        await self._metadata.release_shard(key, epoch)
+        if batch := self._open.get(key.batch_id):
+            batch.waiting = True
+
+    # Decisions
+
+    async def _look(self) -> None:
+        """Bring every open batch on by whatever it is ready for."""
+        batches = await self._metadata.open_batches()
+        for batch in batches:
+            try:
+                await self._look_at(batch)
+            except Fenced as fenced:
+                log.info("changed meanwhile, looked at again soon: %s", fenced)
+        for batch_id in self._open.keys() - {batch.id for batch in batches}:
+            del self._open[batch_id]
+        await self._hand_out()
+        for opened in self._open.values():
+            await self._show_progress(opened)
+
+    async def _look_at(self, batch: Batch) -> None:
+        batch = await self._expire_if_due(batch)
+        if batch.status is BatchStatus.VALIDATING:
+            self._start_planning(batch)
+        elif batch.status is BatchStatus.EXPIRED:
+            self._stop_planning(batch)
+        else:
+            self._stop_planning(batch)
+            opened = await self._opened(batch)
+            if batch.closing is not None and opened.batch.closing is None:
+                self._close(batch, batch.closing)
+            opened.batch = batch
+            if opened.unfinished == 0:
+                await self._finalizer.finish(batch)
+                del self._open[batch.id]
+
+    async def _expire_if_due(self, batch: Batch) -> Batch:
+        due = batch.expires_at is not None and self._clock.now() >= batch.expires_at
+        if not due or batch.closing is not None or batch.status is BatchStatus.FINALIZING:
+            return batch
+        validating = batch.status is BatchStatus.VALIDATING
+        status = BatchStatus.EXPIRED if validating else BatchStatus.FINALIZING
+        return await self._metadata.advance(batch, status, self._clock.now(), closing=Closing.EXPIRED)
+
+    def _start_planning(self, batch: Batch) -> None:
+        """Validate one batch at a time: it takes a core, and the order of creation is kept."""
+        if not self._planning:
+            task = asyncio.create_task(self._planner.validate(batch))
+            self._planning[batch.id] = task
+            task.add_done_callback(lambda _: self._planned(batch.id))
+
+    def _planned(self, batch_id: str) -> None:
+        task = self._planning.pop(batch_id)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("%s cannot be validated now: %s", batch_id, error, exc_info=error)
+        self.wake()
+
+    def _stop_planning(self, batch: Batch) -> None:
+        if batch.id in self._planning:
+            self._planning[batch.id].cancel()
+
+    async def _opened(self, batch: Batch) -> _Open:
+        if batch.id not in self._open:
+            done, unfinished = await self._metadata.shard_progress(batch.id)
+            job = await self._metadata.job(batch.job_id, batch.account_id)
+            blobs = await self._metadata.file_blobs(batch.input_file_id)
+            weight = job or Job(batch.job_id, batch.account_id, "", 1, 0)
+            self._open[batch.id] = _Open(batch, weight, blobs, done, unfinished)
+        return self._open[batch.id]
+
+    def _close(self, batch: Batch, closing: Closing) -> None:
+        for member in self._crew:
+            member.send(Close(batch.id, closing))
+
+    def _use_replicas(self) -> None:
+        for member in self._crew:
+            member.use_replicas()
+        self.wake()
+
+    # Shards to workers
+
+    async def _hand_out(self) -> None:
+        """Keep every worker supplied, for each set of replicas that batches wait for."""
+        waiting: dict[Route, list[_Open]] = {}
+        now = self._clock.monotonic()
+        for batch in self._open.values():
+            if batch.waiting and batch.held_until <= now:
+                waiting.setdefault(self._route(batch.batch), []).append(batch)
+        for route, batches in waiting.items():
+            for member in self._members_with_room(route):
+                await self._supply(member, route, batches)
+
+    def _members_with_room(self, route: Route) -> Sequence[CrewMember]:
+        """Return one entry for each shard that a worker has room for, the emptiest workers first."""
+        unsent = {
+            member: sum(not held.sent and held.route == route for held in member.held.values())
+            for member in self._crew
+            if member.ready
+        }
+        slots = [
+            (level, index) for index, member in enumerate(unsent) for level in range(unsent[member], UNSENT_SHARDS_MAX)
+        ]
+        members = list(unsent)
+        return [members[index] for _, index in sorted(slots)]
+
+    async def _supply(self, member: CrewMember, route: Route, batches: list[_Open]) -> None:
+        """Give a worker the next shard in fair order, if one still waits."""
+        share = self._shares.setdefault(route, FairShare())
+        while candidate := share.pick([_candidate(batch) for batch in batches if batch.waiting]):
+            batch = self._open[candidate.batch_id]
+            # A route of no replicas runs nothing, but closing lines need no engine.
+            if not route and batch.batch.closing is None:
+                return
+            shard = await self._metadata.claim_shard(candidate.batch_id)
+            if shard is None:
+                batch.waiting = False
+                continue
+            share.charge(candidate, shard.lines)
+            member.held[shard.key] = Held(shard.epoch, route)
+            model = batch.batch.model or ""
+            member.send(Assign(shard, batch.blobs, batch.batch.endpoint, model, batch.batch.closing))
+            return
+
+    def _route(self, batch: Batch) -> Route:
+        replicas = self._engines.replicas()
+        return tuple(r.base_url for r in replicas if r.answers(batch.endpoint, batch.model or ""))
+
+    # What people see
+
+    async def _show_progress(self, batch: _Open) -> None:
+        tally = batch.tally.at_least(batch.batch.tally)
+        reason = self._reason(batch)
+        if (tally, reason) != batch.shown:
+            batch.shown = tally, reason
+            await self._metadata.record_progress(batch.batch.id, tally, reason)
+
+    def _reason(self, batch: _Open) -> str | None:
+        """Say why a batch does not move, or None while it does."""
+        if batch.broken is not None:
+            return batch.broken
+        route = self._route(batch.batch)
+        if not route:
+            return f"no engine answers model '{batch.batch.model}' at present"
+        paused = {url: reason for reasons in self._paused.values() for url, reason in reasons.items()}
+        reasons = [paused[url] for url in route if url in paused]
+        return "; ".join(reasons) if len(reasons) == len(route) else None
+
+
+def _candidate(batch: _Open) -> Candidate:
+    return Candidate(batch.batch.id, batch.job.id, batch.job.weight, batch.batch.expires_at, batch.batch.order)

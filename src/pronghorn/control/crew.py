@@ -1,0 +1,123 @@
+"""The workers a coordinator has: each kept running, with what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pronghorn.domain.model import Replica, ShardKey
+from pronghorn.executors.base import Executor, WorkerLink
+from pronghorn.worker.protocol import Configure, Order, Ready, Report, Stop, UseReplicas
+
+log = logging.getLogger("pronghorn.crew")
+
+RESTART_WAIT_S_MAX = 30.0
+# Beyond its drain, a worker gets this long to write and go.
+STOP_GRACE_S = 5.0
+
+Route = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Held:
+    """A shard that a worker runs: under which epoch, against which replicas, and whether all its lines are sent."""
+
+    epoch: int
+    route: Route
+    sent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """Something a worker said."""
+
+    member: CrewMember
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A worker ended; its shards need another."""
+
+    member: CrewMember
+
+
+Event = Reported | Gone
+
+
+class CrewMember:
+    """One worker's place: started, restarted with growing waits, until stopped."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        configure: Configure,
+        replicas: Callable[[], list[Replica]],
+        post: Callable[[Event], None],
+    ) -> None:
+        self._executor = executor
+        self._configure = configure
+        self._replicas = replicas
+        self._post = post
+        self._link: WorkerLink | None = None
+        self._stopping = asyncio.Event()
+        self.ready = False
+        self.held: dict[ShardKey, Held] = {}
+
+    async def run(self) -> None:
+        """Keep a worker running; return once it has been stopped and is gone."""
+        failures = 0
+        while not self._stopping.is_set():
+            worked = await self._run_once()
+            failures = 0 if worked else failures + 1
+            if not self._stopping.is_set():
+                wait = min(RESTART_WAIT_S_MAX, 0.1 * 2**failures)
+                log.warning("a worker ended unexpectedly; another starts in %.1f s", wait)
+                await self._wait_unless_stopping(wait)
+
+    def send(self, order: Order) -> None:
+        if self._link is not None:
+            self._link.send(order)
+
+    def use_replicas(self) -> None:
+        """Tell the worker what the engines are now."""
+        self.send(UseReplicas(self._replicas()))
+
+    def stop(self, drain_s: float) -> None:
+        """Ask the worker to finish what is in flight and go; `run` then returns."""
+        self._stopping.set()
+        self.send(Stop(drain_s))
+        if self._link is not None:
+            asyncio.get_running_loop().call_later(drain_s + STOP_GRACE_S, self._link.hang_up)
+
+    async def _run_once(self) -> bool:
+        worked = False
+        try:
+            self._link = link = await self._executor.start()
+        except OSError as error:
+            log.error("a worker cannot be started: %s", error)
+            return False
+        try:
+            link.send(self._configure)
+            link.send(UseReplicas(self._replicas()))
+            if self._stopping.is_set():
+                link.send(Stop(0))
+            async for report in link.reports():
+                self.ready = self.ready or isinstance(report, Ready)
+                worked = worked or not isinstance(report, Ready)
+                self._post(Reported(self, report))
+        finally:
+            self._link = None
+            self.ready = False
+            await link.end()
+            self._post(Gone(self))
+        return worked
+
+    async def _wait_unless_stopping(self, wait_s: float) -> None:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._stopping.wait()
+        except TimeoutError:
+            return

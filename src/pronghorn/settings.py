@@ -1,0 +1,88 @@
+"""Every setting, once: `--help`, the configuration file and docs/SETTINGS.md all come from this table."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import platformdirs
+from msgspec import Meta
+
+from pronghorn.errors import UsageError
+from pronghorn.limits import LINE_BYTES_MAX, MIB
+
+
+class UpstreamSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An OpenAI-compatible server that lines go to."""
+
+    url: Annotated[str, Meta(description="base URL, ending in /v1 as OpenAI clients write it")]
+    api_key_env: Annotated[
+        str | None, Meta(description="environment variable that holds the key; no key is sent without it")
+    ] = None
+    models: Annotated[
+        tuple[str, ...] | None, Meta(description="model names it answers; asked from its /v1/models when left out")
+    ] = None
+    window: Annotated[
+        int | None, Meta(ge=1, description="lines in flight at once; found by measurement when left out")
+    ] = None
+
+
+class LlamaCppSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The embedded engine."""
+
+    model: Annotated[
+        str | None, Meta(description="a GGUF file, or a directory of them; the built-in small model when left out")
+    ] = None
+    slots: Annotated[
+        int | None, Meta(ge=1, le=256, description="lines run at once; from cores and memory when left out")
+    ] = None
+    threads: Annotated[int | None, Meta(ge=1, description="threads of the engine; one a core when left out")] = None
+    context_tokens: Annotated[int, Meta(ge=256, description="prompt and answer of one line, in tokens")] = 2048
+
+
+class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The server's settings."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8080
+    data_dir: Annotated[str, Meta(description="where files, batches and the database live")] = ""
+    default_job: Annotated[
+        str | None, Meta(description="job of batches that name none, for clients that cannot send a job_id")
+    ] = None
+    upstream: Annotated[
+        tuple[UpstreamSettings, ...], Meta(description="servers to send lines to; the embedded engine when empty")
+    ] = ()
+    llamacpp: Annotated[LlamaCppSettings, Meta(description="the embedded engine")] = LlamaCppSettings()
+    workers: Annotated[int, Meta(ge=1, le=64, description="worker processes that send lines")] = 1
+    line_bytes_max: Annotated[int, Meta(ge=1024, description="longest input line, in bytes")] = LINE_BYTES_MAX
+    line_timeout_s: Annotated[float, Meta(gt=0, description="longest time an engine may take for one line")] = 3600.0
+    answer_bytes_max: Annotated[int, Meta(ge=1024, description="largest answer of an engine, in bytes")] = 64 * MIB
+    drain_s: Annotated[float, Meta(ge=0, description="how long a stopping server waits for lines in flight")] = 10.0
+
+
+def default_data_dir() -> Path:
+    """Return the user's own directory for Pronghorn's data."""
+    return Path(platformdirs.user_data_dir("pronghorn", appauthor=False))
+
+
+def load(config: Path | None, overrides: dict[str, object]) -> Settings:
+    """Read a configuration file, lay the command line's values over it, and check the whole.
+
+    Raises UsageError naming the file and the setting.
+    """
+    values: dict[str, object] = {}
+    if config is not None:
+        try:
+            values = tomllib.loads(config.read_text())
+        except OSError as error:
+            raise UsageError(f"cannot read {config}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{config} is not TOML: {error}") from error
+    values |= overrides
+    try:
+        settings = msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{config or 'command line'}: {error}") from error
+    return msgspec.structs.replace(settings, data_dir=settings.data_dir or str(default_data_dir()))

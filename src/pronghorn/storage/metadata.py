@@ -1,0 +1,390 @@
+"""Everything the system remembers apart from file contents: jobs, files, batches, shards.
+
+Every state change is a compare-and-set whose row count is checked: an UPDATE names the id and the state it expects
+(and, for a shard, the epoch), and a change that finds no such row is refused with `Fenced`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import sqlalchemy as sa
+
+from pronghorn.domain.lifecycle import TERMINAL, may_follow, stamp_of
+from pronghorn.domain.model import (
+    Batch,
+    BatchStamps,
+    BatchStatus,
+    BlobRef,
+    Closing,
+    Endpoint,
+    File,
+    Job,
+    Shard,
+    ShardKey,
+    ShardResult,
+    ShardState,
+    Tally,
+    Usage,
+)
+from pronghorn.domain.planning import PlannedShard
+from pronghorn.errors import Fenced, invariant
+from pronghorn.storage.database import Database
+from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
+
+# Rows in one INSERT; SQLite allows 32,766 variables a statement.
+INSERT_ROWS_MAX = 2000
+
+
+class Page(NamedTuple):
+    """Rows of a listing, and whether more follow."""
+
+    batches: list[Batch]
+    has_more: bool
+
+
+class Metadata:
+    """The system's memory, over one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    # Accounts and jobs
+
+    async def add_account(self, account_id: str, name: str, now: int) -> None:
+        """Create an account unless it is already there."""
+
+        def write(connection: sa.Connection) -> None:
+            if connection.scalar(sa.select(accounts.c.id).where(accounts.c.id == account_id)) is None:
+                connection.execute(accounts.insert().values(id=account_id, name=name, created_at=now))
+
+        await self._database.write(write)
+
+    async def add_job(self, job: Job) -> None:
+        await self._database.write(lambda c: c.execute(jobs.insert().values(**msgspec.structs.asdict(job))))
+
+    async def job(self, job_id: str, account_id: str) -> Job | None:
+        """Return a job of this account; another account's is as good as none."""
+        query = jobs.select().where(jobs.c.id == job_id, jobs.c.account_id == account_id)
+        row = await self._database.read(lambda c: c.execute(query).mappings().first())
+        return Job(**row) if row else None
+
+    async def jobs(self, account_id: str | None = None) -> list[Job]:
+        """Return jobs, oldest first."""
+        query = jobs.select().order_by(jobs.c.created_at, jobs.c.id)
+        if account_id is not None:
+            query = query.where(jobs.c.account_id == account_id)
+        rows = await self._database.read(lambda c: c.execute(query).mappings().all())
+        return [Job(**row) for row in rows]
+
+    # Files
+
+    async def add_file(self, file: File, blobs: Sequence[BlobRef]) -> None:
+        """Remember a file whose blobs are already stored."""
+
+        def write(connection: sa.Connection) -> None:
+            _insert_file(connection, file)
+            rows = [
+                {"file_id": file.id, "position": position, "key": blob.key, "bytes": blob.bytes}
+                for position, blob in enumerate(blobs)
+            ]
+            connection.execute(file_blobs.insert(), rows)
+
+        await self._database.write(write)
+
+    async def file(self, file_id: str, account_id: str) -> File | None:
+        """Return a file of this account; another account's is as good as none."""
+        query = files.select().where(files.c.id == file_id, files.c.account_id == account_id)
+        row = await self._database.read(lambda c: c.execute(query).mappings().first())
+        return _file(row) if row else None
+
+    async def file_blobs(self, file_id: str) -> list[BlobRef]:
+        """Return a file's blobs in order."""
+        columns = (file_blobs.c.key, file_blobs.c.bytes)
+        query = sa.select(*columns).where(file_blobs.c.file_id == file_id).order_by(file_blobs.c.position)
+        rows = await self._database.read(lambda c: c.execute(query).all())
+        return [BlobRef(key, size) for key, size in rows]
+
+    # Batches
+
+    async def add_batch(self, batch: Batch) -> Batch:
+        """Remember a new batch; return it with its place in the order of creation."""
+        values = {
+            "id": batch.id,
+            "account_id": batch.account_id,
+            "job_id": batch.job_id,
+            "endpoint": batch.endpoint.value,
+            "input_file_id": batch.input_file_id,
+            "completion_window": batch.completion_window,
+            "status": batch.status.value,
+            "created_at": batch.stamps.created_at,
+            "expires_at": batch.expires_at,
+            "metadata": None if batch.metadata is None else msgspec.json.encode(batch.metadata).decode(),
+        }
+        statement = batches.insert().values(**values).returning(batches.c.order)
+        order = await self._database.write(lambda c: c.execute(statement).scalar_one())
+        return msgspec.structs.replace(batch, order=order)
+
+    async def batch(self, batch_id: str, account_id: str) -> Batch | None:
+        """Return a batch of this account; another account's is as good as none."""
+        return await self._one_batch(batches.c.id == batch_id, batches.c.account_id == account_id)
+
+    async def list_batches(self, account_id: str, *, limit: int, after: str | None = None) -> Page | None:
+        """Return up to `limit` batches, newest first, after the one with id `after`; None if that is unknown."""
+
+        def read(connection: sa.Connection) -> Page | None:
+            query = batches.select().where(batches.c.account_id == account_id)
+            if after is not None:
+                cursor = sa.select(batches.c.order).where(batches.c.id == after, batches.c.account_id == account_id)
+                order = connection.scalar(cursor)
+                if order is None:
+                    return None
+                query = query.where(batches.c.order < order)
+            rows = connection.execute(query.order_by(batches.c.order.desc()).limit(limit + 1)).mappings().all()
+            return Page([_batch(row) for row in rows[:limit]], len(rows) > limit)
+
+        return await self._database.read(read)
+
+    async def open_batches(self) -> list[Batch]:
+        """Return every batch that has not ended, oldest first."""
+        ended = [status.value for status in TERMINAL]
+        query = batches.select().where(batches.c.status.not_in(ended)).order_by(batches.c.order)
+        rows = await self._database.read(lambda c: c.execute(query).mappings().all())
+        return [_batch(row) for row in rows]
+
+    async def advance(
+        self,
+        batch: Batch,
+        status: BatchStatus,
+        now: int,
+        *,
+        closing: Closing | None = None,
+        problems: bytes | None = None,
+    ) -> Batch:
+        """Move a batch from the status it has in `batch` to `status`, and return it as it is then.
+
+        Raises Fenced when it is no longer in that status.
+        """
+        values: dict[str, Any] = {}
+        if closing is not None:
+            values["closing"] = closing.value
+        if problems is not None:
+            values["problems"] = problems
+        await self._database.write(lambda c: _advance(c, batch, status, now, **values))
+        moved = await self._one_batch(batches.c.id == batch.id)
+        invariant(moved is not None, "a batch that was just moved is there")
+        return moved  # type: ignore[return-value]
+
+    async def start_batch(self, batch: Batch, plan: Iterable[PlannedShard], total: int, model: str, now: int) -> None:
+        """Store a validated batch's shards and move it to in_progress, in one transaction."""
+
+        def write(connection: sa.Connection) -> None:
+            _advance(connection, batch, BatchStatus.IN_PROGRESS, now, total=total, model=model)
+            rows = [
+                {"batch_id": batch.id, "position": position, "state": ShardState.PENDING.value, **shard._asdict()}
+                for position, shard in enumerate(plan)
+            ]
+            for start in range(0, len(rows), INSERT_ROWS_MAX):
+                connection.execute(shards.insert(), rows[start : start + INSERT_ROWS_MAX])
+
+        await self._database.write(write)
+
+    async def finish_batch(
+        self, batch: Batch, status: BatchStatus, now: int, *, output: File | None, errors: File | None
+    ) -> None:
+        """End a batch whose every shard is done: its shards' parts become the output and error files.
+
+        `bytes` of the given files is ignored: it is the sum of the parts. A file of no parts is not made.
+        """
+
+        def write(connection: sa.Connection) -> None:
+            done = connection.execute(_shard_totals(batch.id)).mappings().one()
+            invariant(done["unfinished"] == 0, f"every shard of {batch.id} is done before it ends")
+            file_ids = {}
+            if output is not None and done["output_bytes"]:
+                _file_of_parts(connection, output, batch.id, shards.c.output_key, shards.c.output_bytes)
+                file_ids["output_file_id"] = output.id
+            if errors is not None and done["error_bytes"]:
+                _file_of_parts(connection, errors, batch.id, shards.c.error_key, shards.c.error_bytes)
+                file_ids["error_file_id"] = errors.id
+            tally = {name: done[name] for name in _TALLY_COLUMNS}
+            _advance(connection, batch, status, now, reason=None, **file_ids, **tally)
+
+        await self._database.write(write)
+
+    async def record_progress(self, batch_id: str, tally: Tally, reason: str | None) -> None:
+        """Show how far a running batch is, and why it does not move if it does not."""
+        values = {**_tally_values(tally), "reason": reason}
+        running = [BatchStatus.IN_PROGRESS.value, BatchStatus.FINALIZING.value, BatchStatus.CANCELLING.value]
+        statement = batches.update().where(batches.c.id == batch_id, batches.c.status.in_(running)).values(**values)
+        await self._database.write(lambda c: c.execute(statement))
+
+    # Shards
+
+    async def release_shards(self) -> None:
+        """Give back every shard that a worker of an earlier run held."""
+        running = shards.c.state == ShardState.RUNNING.value
+        statement = shards.update().where(running).values(state=ShardState.PENDING.value)
+        await self._database.write(lambda c: c.execute(statement))
+
+    async def release_shard(self, key: ShardKey, epoch: int) -> None:
+        """Give back a shard whose worker is gone; the next claim carries a later epoch."""
+        statement = shards.update().where(*_held(key, epoch)).values(state=ShardState.PENDING.value)
+        await self._database.write(lambda c: c.execute(statement))
+
+    async def claim_shard(self, batch_id: str) -> Shard | None:
+        """Take the first waiting shard of a batch under a new epoch, or return None when none waits."""
+
+        def write(connection: sa.Connection) -> Shard | None:
+            waiting = shards.c.batch_id == batch_id, shards.c.state == ShardState.PENDING.value
+            row = (
+                connection.execute(shards.select().where(*waiting).order_by(shards.c.position).limit(1))
+                .mappings()
+                .first()
+            )
+            if row is None:
+                return None
+            shard = msgspec.structs.replace(_shard(row), state=ShardState.RUNNING, epoch=row["epoch"] + 1)
+            here = shards.c.batch_id == batch_id, shards.c.position == shard.key.position
+            values = {"state": shard.state.value, "epoch": shard.epoch}
+            connection.execute(shards.update().where(*here).values(**values))
+            return shard
+
+        return await self._database.write(write)
+
+    async def commit_shard(self, key: ShardKey, epoch: int, result: ShardResult) -> None:
+        """Accept a finished shard's parts.
+
+        Raises Fenced when the shard is held under another epoch or is already done.
+        """
+        values = {
+            "state": ShardState.DONE.value,
+            "output_key": result.output.key if result.output else None,
+            "output_bytes": result.output.bytes if result.output else None,
+            "error_key": result.errors.key if result.errors else None,
+            "error_bytes": result.errors.bytes if result.errors else None,
+            **_tally_values(result.tally),
+        }
+
+        def write(connection: sa.Connection) -> None:
+            done = connection.execute(shards.update().where(*_held(key, epoch)).values(**values))
+            if done.rowcount != 1:
+                raise Fenced(f"shard {key.position} of {key.batch_id} is no longer held under epoch {epoch}")
+
+        await self._database.write(write)
+
+    async def shard_progress(self, batch_id: str) -> tuple[Tally, int]:
+        """Return what the batch's done shards hold, and how many shards are not done."""
+        row = await self._database.read(lambda c: c.execute(_shard_totals(batch_id)).mappings().one())
+        return _tally(row), row["unfinished"]
+
+    async def _one_batch(self, *where: sa.ColumnElement[bool]) -> Batch | None:
+        row = await self._database.read(lambda c: c.execute(batches.select().where(*where)).mappings().first())
+        return _batch(row) if row else None
+
+
+_TALLY_COLUMNS = (
+    "completed",
+    "failed",
+    "unrun",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+)
+
+
+def _advance(connection: sa.Connection, batch: Batch, status: BatchStatus, now: int, **values: Any) -> None:
+    invariant(may_follow(batch.status, status), f"a batch does not go from {batch.status} to {status}")
+    expected = batches.c.id == batch.id, batches.c.status == batch.status.value
+    values |= {"status": status.value, stamp_of(status): now}
+    if connection.execute(batches.update().where(*expected).values(**values)).rowcount != 1:
+        raise Fenced(f"{batch.id} is no longer {batch.status}")
+
+
+def _held(key: ShardKey, epoch: int) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        shards.c.batch_id == key.batch_id,
+        shards.c.position == key.position,
+        shards.c.epoch == epoch,
+        shards.c.state == ShardState.RUNNING.value,
+    )
+
+
+def _shard_totals(batch_id: str) -> sa.Select[Any]:
+    done = ShardState.DONE.value
+    unfinished = sa.func.sum(sa.case((shards.c.state == done, 0), else_=1))
+    sums = [
+        sa.func.coalesce(sa.func.sum(shards.c[name]), 0).label(name)
+        for name in (*_TALLY_COLUMNS, "output_bytes", "error_bytes")
+    ]
+    return sa.select(sa.func.coalesce(unfinished, 0).label("unfinished"), *sums).where(shards.c.batch_id == batch_id)
+
+
+def _insert_file(connection: sa.Connection, file: File) -> None:
+    connection.execute(files.insert().values(**msgspec.structs.asdict(file)))
+
+
+def _file_of_parts(
+    connection: sa.Connection, file: File, batch_id: str, key: sa.Column[Any], size: sa.Column[Any]
+) -> None:
+    parts = shards.c.batch_id == batch_id, key.is_not(None)
+    total = connection.scalar(sa.select(sa.func.sum(size)).where(*parts))
+    _insert_file(connection, msgspec.structs.replace(file, bytes=total))
+    rows = sa.select(sa.literal(file.id), shards.c.position, key, size).where(*parts)
+    connection.execute(file_blobs.insert().from_select(["file_id", "position", "key", "bytes"], rows))
+
+
+def _tally_values(tally: Tally) -> dict[str, int]:
+    counts = {"completed": tally.completed, "failed": tally.failed, "unrun": tally.unrun}
+    return counts | msgspec.structs.asdict(tally.usage)
+
+
+def _tally(row: sa.RowMapping) -> Tally:
+    usage = Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"], row["reasoning_tokens"])
+    return Tally(row["completed"], row["failed"], row["unrun"], usage)
+
+
+def _file(row: sa.RowMapping) -> File:
+    return File(**{name: row[name] for name in File.__struct_fields__})
+
+
+def _shard(row: sa.RowMapping) -> Shard:
+    return Shard(
+        key=ShardKey(row["batch_id"], row["position"]),
+        first_line=row["first_line"],
+        lines=row["lines"],
+        offset=row["offset"],
+        bytes=row["bytes"],
+        state=ShardState(row["state"]),
+        epoch=row["epoch"],
+    )
+
+
+def _batch(row: sa.RowMapping) -> Batch:
+    return Batch(
+        id=row["id"],
+        order=row["order"],
+        account_id=row["account_id"],
+        job_id=row["job_id"],
+        endpoint=Endpoint(row["endpoint"]),
+        input_file_id=row["input_file_id"],
+        completion_window=row["completion_window"],
+        status=BatchStatus(row["status"]),
+        stamps=BatchStamps(**{name: row[name] for name in BatchStamps.__struct_fields__}),
+        expires_at=row["expires_at"],
+        metadata=None if row["metadata"] is None else msgspec.json.decode(row["metadata"], type=dict[str, str]),
+        model=row["model"],
+        closing=None if row["closing"] is None else Closing(row["closing"]),
+        problems=row["problems"],
+        output_file_id=row["output_file_id"],
+        error_file_id=row["error_file_id"],
+        total=row["total"],
+        tally=_tally(row),
+        reason=row["reason"],
+    )

@@ -1,0 +1,160 @@
+"""The schema, once: SQLite and PostgreSQL both read it. Migrations bring a database to it; a test compares the two."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+)
+
+from pronghorn.domain.model import BatchStatus, Closing, Endpoint, ShardState
+
+# SQLite only counts up an INTEGER PRIMARY KEY; PostgreSQL needs the wider type.
+Order = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def _one_of(column: str, values: type[BatchStatus | Closing | Endpoint | ShardState]) -> CheckConstraint:
+    allowed = ", ".join(f"'{value.value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({allowed})", name=column)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False, server_default="0")
+
+
+def _tally() -> list[Column[int]]:
+    return [
+        _count(name)
+        for name in (
+            "completed",
+            "failed",
+            "unrun",
+            "input_tokens",
+            "cached_tokens",
+            "output_tokens",
+            "reasoning_tokens",
+        )
+    ]
+
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False, index=True),
+    Column("name", Text, nullable=False),
+    Column("weight", Integer, nullable=False, server_default="1"),
+    Column("created_at", BigInteger, nullable=False),
+    CheckConstraint("weight > 0", name="weight"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("order", Order, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, index=True),
+    Index(None, "account_id", "purpose", "order"),
+    sqlite_autoincrement=True,
+)
+
+file_blobs = Table(
+    "file_blobs",
+    metadata,
+    Column("file_id", ForeignKey("files.id"), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    PrimaryKeyConstraint("file_id", "position"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("order", Order, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(64), nullable=False),
+    Column("completion_window", String(32), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("closing", String(16)),
+    Column("created_at", BigInteger, nullable=False),
+    Column("in_progress_at", BigInteger),
+    Column("finalizing_at", BigInteger),
+    Column("completed_at", BigInteger),
+    Column("failed_at", BigInteger),
+    Column("expired_at", BigInteger),
+    Column("cancelling_at", BigInteger),
+    Column("cancelled_at", BigInteger),
+    Column("expires_at", BigInteger),
+    Column("metadata", Text),
+    Column("model", Text),
+    Column("problems", LargeBinary),
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
+    _count("total"),
+    *_tally(),
+    Column("reason", Text),
+    _one_of("status", BatchStatus),
+    _one_of("closing", Closing),
+    _one_of("endpoint", Endpoint),
+    Index(None, "account_id", "order"),
+    Index(None, "status"),
+    sqlite_autoincrement=True,
+)
+
+shards = Table(
+    "shards",
+    metadata,
+    Column("batch_id", ForeignKey("batches.id"), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("first_line", BigInteger, nullable=False),
+    Column("lines", BigInteger, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("epoch", Integer, nullable=False, server_default="0"),
+    Column("output_key", Text),
+    Column("output_bytes", BigInteger),
+    Column("error_key", Text),
+    Column("error_bytes", BigInteger),
+    *_tally(),
+    PrimaryKeyConstraint("batch_id", "position"),
+    _one_of("state", ShardState),
+    Index(None, "state", "batch_id", "position"),
+)

@@ -1,0 +1,87 @@
+"""A worker process: `python -m pronghorn.worker FD`, with a socket to its coordinator open as FD.
+
+It ends when the coordinator does: the socket closes, and what was recorded is already on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvloop
+
+from pronghorn.clock import SystemClock
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.segments import Segments
+from pronghorn.worker import framing
+from pronghorn.worker.dispatch import Dispatcher
+from pronghorn.worker.protocol import Assign, Close, Configure, Order, Ready, Stop, UseReplicas
+
+log = logging.getLogger("pronghorn.worker")
+
+
+async def work(channel: socket.socket) -> None:
+    """Take orders from the channel until it closes or orders to stop."""
+    reader, writer = await asyncio.open_connection(sock=channel)
+    orders = framing.messages(reader, Order)
+    config = await anext(orders)
+    if not isinstance(config, Configure):
+        raise TypeError("the first order is Configure")
+    dispatcher = Dispatcher(
+        config,
+        blobs=Blobs(Path(config.blobs_dir)),
+        segments=Segments(Path(config.segments_dir)),
+        clock=SystemClock(),
+        rng=random.Random(),
+        report=lambda report: framing.send(writer, report),
+    )
+    running = asyncio.create_task(dispatcher.run())
+    obeying = asyncio.create_task(_obey(orders, dispatcher))
+    framing.send(writer, Ready())
+    await asyncio.wait({running, obeying}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (running, obeying):
+        task.cancel()
+    results = await asyncio.gather(running, obeying, return_exceptions=True)
+    with contextlib.suppress(ConnectionError):
+        await writer.drain()
+    writer.close()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+async def _obey(orders: framing.Messages[Order], dispatcher: Dispatcher) -> None:
+    async for order in orders:
+        match order:
+            case UseReplicas(replicas):
+                dispatcher.use_replicas(replicas)
+            case Assign():
+                dispatcher.assign(order)
+            case Close(batch_id, closing):
+                dispatcher.close_batch(batch_id, closing)
+            case Stop(drain_s):
+                await dispatcher.stop(drain_s)
+                return
+
+
+def main() -> None:
+    """Run a worker on the socket whose descriptor is the only argument; exit 1 when the disk can't be trusted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C goes to the coordinator, which drains its workers
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        uvloop.run(work(channel))
+    except* (OSError, EOFError) as errors:
+        for error in errors.exceptions:
+            log.error("worker ends: %s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

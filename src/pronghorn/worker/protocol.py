@@ -1,0 +1,96 @@
+"""What the coordinator and a worker say to each other. Every message is a plain value, so any executor can carry it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pronghorn.domain.model import BlobRef, Closing, Endpoint, Replica, Shard, ShardKey, ShardResult, Tally
+from pronghorn.limits import MIB
+
+
+class Configure(msgspec.Struct, tag=True, frozen=True):
+    """The first message: where a worker finds files and keeps segments, and its bounds."""
+
+    blobs_dir: str
+    segments_dir: str
+    line_bytes_max: int
+    answer_bytes_max: int
+    line_timeout_s: float
+
+
+class UseReplicas(msgspec.Struct, tag=True, frozen=True):
+    """The engine replicas that lines may go to from now on."""
+
+    replicas: list[Replica]
+
+
+class Assign(msgspec.Struct, tag=True, frozen=True):
+    """Run a shard of the file made of `blobs`. With `closing` set its lines are recorded as not run."""
+
+    shard: Shard
+    blobs: list[BlobRef]
+    endpoint: Endpoint
+    model: str
+    closing: Closing | None = None
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    """Send no further line of a batch: what is in flight finishes, the rest is recorded as not run."""
+
+    batch_id: str
+    closing: Closing
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    """Send nothing more, record what is in flight for up to `drain_s` seconds, and end."""
+
+    drain_s: float
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The worker takes shards from now on."""
+
+
+class Sent(msgspec.Struct, tag=True, frozen=True):
+    """Every line of the shard has been sent at least once: there is room for another shard."""
+
+    key: ShardKey
+    epoch: int
+
+
+class ShardProgress(msgspec.Struct, frozen=True):
+    """Durable outcomes of a shard so far."""
+
+    key: ShardKey
+    epoch: int
+    tally: Tally
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    """What moved since the last report, and which replicas are paused and why, by base URL."""
+
+    shards: list[ShardProgress]
+    paused: dict[str, str]
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """Every line of the shard has its outcome, and the parts are stored."""
+
+    key: ShardKey
+    epoch: int
+    result: ShardResult
+
+
+class Broken(msgspec.Struct, tag=True, frozen=True):
+    """The shard cannot go on in this worker: its input is gone or the disk refuses; the worker has dropped it."""
+
+    key: ShardKey
+    epoch: int
+    reason: str
+
+
+Order = Configure | UseReplicas | Assign | Close | Stop
+Report = Ready | Sent | Progress | Done | Broken
+
+# A shard's assignment names every blob of its input file; a file of a million parts still fits.
+FRAME_BYTES_MAX = 128 * MIB
