@@ -14,7 +14,8 @@ import aiohttp
 import httptools
 import uvloop
 
-from pronghorn.engines.client import Answer, EngineClient, Fault
+from pronghorn.domain.answers import Answer, Fault
+from pronghorn.engines.client import EngineClient
 
 CONNECTIONS = (64, 512)
 REQUESTS = 60_000

@@ -18,17 +18,15 @@ import pytest
 import uvloop
 
 from pronghorn import __version__
+from pronghorn.domain.answers import Answer, Fault, FaultKind
 from pronghorn.engines import client as module
 from pronghorn.engines.client import (
-    Answer,
     AnswerCutError,
     AnswerStream,
     Call,
     EngineAddressError,
     EngineClient,
     EngineRequestError,
-    Fault,
-    FaultKind,
     Timeouts,
 )
 
@@ -502,6 +500,15 @@ async def test_tls(certificate: tuple[Path, Path]) -> None:
         await peer.answer(b"HTTP/1.1 200 OK\r\n\r\nto the end")
         peer.close()
         assert (await answer_of(sent)).body == b"to the end"
+        idle, busy = send(client), send(client)
+        for peer in (await served.accept(), await served.accept()):
+            if peer is served.all_peers[1]:
+                await peer.answer()
+        done, _ = await asyncio.wait([idle, busy], return_when=asyncio.FIRST_COMPLETED)
+        assert (len(done), client.idle_connections, client.open_connections) == (1, 1, 2)
+        await client.close()
+        kinds = [result.kind for result in (idle.result(), busy.result()) if isinstance(result, Fault)]
+        assert kinds == [FaultKind.ABORTED]
 
 
 @on_both_loops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
 
 CHAT = "/v1/chat/completions"
 
+# uvloop's timers count whole milliseconds, so several in a row may end this much early.
+EARLY_S = 0.01
 
-class TestClock:
+
+class StillClock:
     """Wall time that stands still."""
-
-    __test__ = False
 
     def now(self) -> int:
         return 1_000_000_000
@@ -59,7 +61,7 @@ async def start_engine() -> AsyncIterator[StartEngine]:
     engines = []
 
     async def start_one(**options: Any) -> ScriptedEngine:
-        engine = await start(ScriptedOptions(**options), TestClock())
+        engine = await start(ScriptedOptions(**options), StillClock())
         engines.append(engine)
         return engine
 
@@ -333,7 +335,7 @@ async def test_an_idle_connection_is_closed_after_the_keep_alive_timeout(start_e
     began_s = time.monotonic()
     received = await raw_exchange(engine, raw_post(chat_body("hi")))
     assert received.startswith(b"HTTP/1.1 200 ")
-    assert time.monotonic() - began_s >= 0.05
+    assert time.monotonic() - began_s >= 0.05 - EARLY_S
 
 
 async def test_a_connection_with_a_line_in_progress_is_not_idle(start_engine, http):
@@ -372,7 +374,7 @@ async def test_a_marker_may_stand_in_metadata_and_last_for_ever(engine, http):
 async def test_a_marker_delays_and_lengthens_an_answer(engine, http):
     began_s = time.monotonic()
     _, answer = await ask(http, engine, chat_body("[[scripted delay_ms=50 tokens=40]] hi"))
-    assert time.monotonic() - began_s >= 0.05
+    assert time.monotonic() - began_s >= 0.05 - EARLY_S
     assert answer["usage"]["completion_tokens"] == 40
 
 
@@ -424,7 +426,7 @@ async def test_a_rate_limit_says_when_to_come_back(engine, http, variant, header
 async def test_a_rate_limit_may_give_a_date_or_nothing(engine, http):
     body = chat_body("[[scripted fault=429 variant=date retry_after_s=90]]")
     async with http.post(engine.origin + CHAT, data=body) as reply:
-        assert parsedate_to_datetime(reply.headers["retry-after"]).timestamp() == TestClock().now() + 90
+        assert parsedate_to_datetime(reply.headers["retry-after"]).timestamp() == StillClock().now() + 90
     async with http.post(engine.origin + CHAT, data=chat_body("[[scripted fault=429 variant=none]]")) as reply:
         assert not [name for name in reply.headers if "retry" in name.lower() or "limit" in name.lower()]
 
@@ -486,7 +488,7 @@ async def test_a_trickled_answer_is_slow_and_good(start_engine, http):
     body = chat_body("[[scripted fault=trickle]] hi")
     began_s = time.monotonic()
     _, answer = await ask(http, engine, body)
-    assert time.monotonic() - began_s >= 0.09
+    assert time.monotonic() - began_s >= 0.09 - EARLY_S
     assert content(answer) == echo(key_of(body).hex(), "[[scripted fault=trickle]] hi")
     assert engine.ledger.line(key_of(body)).answered_ok == 1
 
@@ -581,19 +583,16 @@ def test_only_kinds_that_leave_a_reply_have_one():
 
 
 async def test_down_refuses_connections_and_then_comes_back_on_the_same_port(engine, http):
-    async with http.post(engine.origin + "/scripted/down", data=b'{"for_s": 0.1}') as reply:
+    leave = {"connection": "close"}
+    async with http.post(engine.origin + "/scripted/down", data=b'{"for_s": 0.1}', headers=leave) as reply:
         assert await reply.json() == {"down_for_s": 0.1}
-    refused = 0
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await ask(http, engine, chat_body("hi"))
     async with asyncio.timeout(5):
         while True:
-            try:
+            with contextlib.suppress(aiohttp.ClientConnectorError):
                 assert (await ask(http, engine, chat_body("hi")))[0] == 200
                 break
-            except aiohttp.ClientConnectorError:
-                refused += 1
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                continue
-    assert refused > 0
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"for_s": 0}', b'{"for_s": 1e9}', b"x"])
@@ -670,7 +669,7 @@ async def test_slots_serve_the_queue_as_they_come_free(start_engine, http):
     began_s = time.monotonic()
     answers = await asyncio.gather(*(ask(http, engine, chat_body(f"line {n}")) for n in range(5)))
     assert {status for status, _ in answers} == {200}
-    assert time.monotonic() - began_s >= 0.055
+    assert time.monotonic() - began_s >= 0.055 - EARLY_S
 
 
 async def test_a_client_that_leaves_frees_its_slot(start_engine, http):
@@ -690,7 +689,7 @@ async def test_an_output_token_takes_its_time(start_engine, http):
     engine = await start_engine(token_ms=1)
     began_s = time.monotonic()
     await ask(http, engine, chat_body("[[scripted tokens=60]]"))
-    assert time.monotonic() - began_s >= 0.06
+    assert time.monotonic() - began_s >= 0.06 - EARLY_S
 
 
 async def test_beyond_the_rate_limit_it_answers_429_with_retry_after(start_engine, http):

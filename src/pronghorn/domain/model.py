@@ -6,6 +6,9 @@ import enum
 
 import msgspec
 
+# Every row names its account; until there are several, this is the one.
+DEFAULT_ACCOUNT = "org-default"
+
 
 class Endpoint(enum.StrEnum):
     """An API path that a batch can run."""

@@ -43,6 +43,10 @@ class Engine(Protocol):
         """Return what can be asked for by name."""
         ...
 
+    async def survey(self) -> list[ModelInfo]:
+        """Return what could be asked for if the engine were started, without starting it."""
+        ...
+
 
 class EnginePool:
     """All engines of a server, seen as one set of replicas."""
@@ -79,6 +83,10 @@ class EnginePool:
                 if model.id not in found or (model.ready and not found[model.id].ready):
                     found[model.id] = model
         return list(found.values())
+
+    async def survey(self) -> list[ModelInfo]:
+        """Return what the engines would offer, without starting them."""
+        return [model for engine in self._engines for model in await engine.survey()]
 
     def answers(self, endpoint: Endpoint, model: str) -> bool:
         """Tell whether some replica takes lines for `endpoint` that name `model`."""

@@ -24,7 +24,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Protocol, Self, TypeAlias, cast
@@ -33,6 +32,7 @@ from urllib.parse import urlsplit
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from pronghorn import __version__
+from pronghorn.domain.answers import Answer, Fault, FaultKind
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 """The default for the largest answer: a long completion with log-probabilities stays below 20 MiB."""
@@ -95,55 +95,6 @@ class AnswerCutError(EngineClientError):
     def __init__(self, fault: Fault) -> None:
         super().__init__(fault.detail)
         self.fault = fault
-
-
-class FaultKind(StrEnum):
-    """What went wrong when no complete HTTP answer came."""
-
-    REFUSED = "refused"
-    """No connection could be made: refused, no route, or no file descriptor left."""
-    DNS = "dns"
-    """The engine's host name did not resolve."""
-    CONNECT_TIMEOUT = "connect_timeout"
-    """No connection within `Timeouts.connect_s`, name look-up and TLS handshake included."""
-    TLS = "tls"
-    """The TLS handshake failed: certificate, version, or no TLS spoken there."""
-    DISCONNECTED = "disconnected"
-    """Closed or reset before the answer was complete."""
-    PROTOCOL = "protocol"
-    """The bytes that came are no HTTP/1 answer."""
-    TOO_LARGE = "too_large"
-    """The answer's body or head is above its limit."""
-    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
-    """No complete head, and no further byte of one, for `Timeouts.first_byte_s`."""
-    IDLE_TIMEOUT = "idle_timeout"
-    """The body stood still for `Timeouts.idle_s`."""
-    TOTAL_TIMEOUT = "total_timeout"
-    """Not complete within `Timeouts.total_s`, or the `timeout_s` of `EngineClient.request`."""
-    ABORTED = "aborted"
-    """Given up by `Call.abort()` or `EngineClient.close()`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why there is no answer; `detail` is for people and never holds a body, a path or a key."""
-
-    kind: FaultKind
-    detail: str
-
-
-class Answer:
-    """A complete HTTP answer: header names in lower case, repeated headers joined by a comma."""
-
-    __slots__ = ("body", "headers", "status")
-
-    def __init__(self, status: int, headers: dict[bytes, bytes], body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
-
-    def __repr__(self) -> str:
-        return f"<Answer {self.status}, {len(self.body)} bytes>"
 
 
 Done: TypeAlias = Callable[[Answer | Fault], None]
@@ -381,9 +332,10 @@ class _Request:
         done, self.done = self.done, None
         if done is None:
             return
+        # uvloop forgets to call connection_lost when create_connection is cancelled after connection_made.
         if self.connection is not None:
             self.connection.drop()
-        if self.connecting is not None:
+        elif self.connecting is not None:
             self.connecting.cancel()
         self.pool.loop.call_soon(self.pool.deliver, done, self.pool.fault(kind, what))
 
@@ -418,7 +370,7 @@ class _Pool:
         self._address = address
         self._idle_connections_max = idle_connections_max
         self._ssl_context = ssl_context
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._connecting: dict[asyncio.Task[None], _Request] = {}
         self._drained = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         shortest_s = min(idle_connection_s, timeouts.first_byte_s, timeouts.idle_s, timeouts.total_s)
@@ -446,7 +398,7 @@ class _Pool:
             request.fail(FaultKind.ABORTED, "was not asked: the client is closed")
             return
         task = request.connecting = self.loop.create_task(self._connect(request))
-        self._connecting.add(task)
+        self._connecting[task] = request
         task.add_done_callback(partial(self._connected, request))
 
     def retry(self, request: _Request) -> None:
@@ -484,8 +436,8 @@ class _Pool:
         self.closed = True
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for task in self._connecting:
-            task.cancel()
+        for request in list(self._connecting.values()):
+            request.abort()
         for connection in list(self.connections):
             connection.abort()
         if self._connecting:
@@ -496,22 +448,26 @@ class _Pool:
 
     async def _connect(self, request: _Request) -> None:
         """Open a connection for the request, which its `connection_made` sends."""
+        limit_s = self.timeouts.connect_s
+        what = f"did not accept a connection within {limit_s:g} s"
+        timer = self.loop.call_later(limit_s, request.fail, FaultKind.CONNECT_TIMEOUT, what)
         try:
-            async with asyncio.timeout(self.timeouts.connect_s):
-                await self.loop.create_connection(
-                    partial(_Connection, self, request),
-                    self._address.host,
-                    self._address.port,
-                    ssl=self._ssl_context,
-                    server_hostname=self._address.host if self._ssl_context else None,
-                )
+            await self.loop.create_connection(
+                partial(_Connection, self, request),
+                self._address.host,
+                self._address.port,
+                ssl=self._ssl_context,
+                server_hostname=self._address.host if self._ssl_context else None,
+            )
         except Exception as error:
             # With a connection made, connection_lost has the say.
             if request.connection is None:
                 request.settle(self._connect_fault(error))
+        finally:
+            timer.cancel()
 
     def _connected(self, request: _Request, task: asyncio.Task[None]) -> None:
-        self._connecting.discard(task)
+        del self._connecting[task]
         request.connecting = None
         # Not left to _connect itself, which never begins when it is cancelled soon enough.
         if task.cancelled():
@@ -522,8 +478,7 @@ class _Pool:
             case ssl.SSLError():
                 return self.fault(FaultKind.TLS, f"failed the TLS handshake: {error}")
             case TimeoutError():
-                what = f"did not accept a connection within {self.timeouts.connect_s:g} s"
-                return self.fault(FaultKind.CONNECT_TIMEOUT, what)
+                return self.fault(FaultKind.CONNECT_TIMEOUT, "did not answer the attempt to connect")
             case ConnectionRefusedError():
                 return self.fault(FaultKind.REFUSED, "refused the connection")
             case socket.gaierror() | UnicodeError():
@@ -644,11 +599,11 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self._pool.joined(self)
         request, self._request = self._request, None
-        if request is None or request.done is None or self._pool.closed:
+        if request is None or request.done is None:
             self.transport.abort()
         else:
+            self._pool.joined(self)
             self.begin(request, self._pool.loop.time())
 
     def data_received(self, data: bytes) -> None:

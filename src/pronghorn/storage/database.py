@@ -25,9 +25,9 @@ BUSY_TIMEOUT_S = 30
 
 
 class Database:
-    """Runs transactions on a SQLite file (`sqlite:///path`)."""
+    """Runs transactions on a SQLite file, after bringing its schema up to date."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: sa.URL) -> None:
         self._write_engine = _engine(url, writes=True)
         self._migrate()
         self._read_engine = _engine(url, writes=False)
@@ -66,7 +66,7 @@ class Database:
             command.upgrade(config, "head")
 
 
-def _engine(url: str, *, writes: bool) -> sa.Engine:
+def _engine(url: sa.URL, *, writes: bool) -> sa.Engine:
     pool: dict[str, Any] = {"poolclass": StaticPool} if writes else {"poolclass": QueuePool, "pool_size": READERS}
     arguments = {"check_same_thread": False, "timeout": BUSY_TIMEOUT_S}
     engine = sa.create_engine(url, connect_args=arguments, **pool)

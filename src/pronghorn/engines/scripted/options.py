@@ -74,7 +74,7 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True):
         Meta(description="Append one JSON line a request to this file; a restarted engine counts on from it."),
     ] = None
     ledger_keys_max: Annotated[
-        int, Meta(ge=1, description="Lines to remember, about 250 bytes each; the oldest are forgotten first.")
+        int, Meta(ge=1, description="Lines to remember, about 170 bytes each; the oldest are forgotten first.")
     ] = 1_000_000
 
     def __post_init__(self) -> None:

@@ -136,13 +136,14 @@ class ScriptedEngine:
         except msgspec.DecodeError as error:
             return invalid_request(str(error), param="for_s")
         if self._down is None:
+            # Before the reply goes out: who has it may count on being refused.
+            if self._listener is not None:
+                self._listener.close()
             self._down = self.loop.create_task(self._stay_down(for_s))
         return json_reply({"down_for_s": for_s})
 
     async def _stay_down(self, for_s: float) -> None:
-        """Refuse every connection for a while, as an engine does that is being restarted."""
-        if self._listener is not None:
-            self._listener.close()
+        """Drop every connection and come back after a while, as an engine does that is being restarted."""
         for connection in list(self._connections):
             connection.end()
         await asyncio.sleep(for_s)

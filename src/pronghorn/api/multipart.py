@@ -1,0 +1,167 @@
+"""A multipart/form-data body taken as it streams in: small fields are kept, the file goes straight to its blob."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from pronghorn.errors import InvalidRequest, RequestError
+from pronghorn.limits import FILE_CHUNK_BYTES, KIB
+from pronghorn.storage.blobs import BlobWriter
+
+PARTS_MAX = 32
+PART_HEADERS_MAX = 16
+PART_HEADER_BYTES_MAX = 8 * KIB
+FIELD_BYTES_MAX = 64 * KIB
+
+
+class Form(NamedTuple):
+    """A form: its small fields, the name of the file it carried, and the file's first bytes."""
+
+    fields: dict[str, str]
+    filename: str | None
+    head: bytes
+
+
+class UnsupportedBody(RequestError):
+    """The body is of a kind that this route does not take."""
+
+    status = 415
+
+
+async def receive(
+    headers: dict[str, str], chunks: AsyncIterator[bytes], writer: BlobWriter, *, file_field: str
+) -> Form:
+    """Write the form's one file to `writer` and return the rest; memory stays flat whatever the file's size.
+
+    Raises InvalidRequest for a body that is not a well-formed form, UnsupportedBody for a compressed one.
+    """
+    parser = _FormReader(_boundary(headers), file_field)
+    async for chunk in chunks:
+        parser.feed(chunk)
+        if parser.waiting_bytes >= FILE_CHUNK_BYTES:
+            await asyncio.to_thread(writer.write, parser.take())
+    parser.finish()
+    await asyncio.to_thread(writer.write, parser.take())
+    return Form(parser.fields, parser.filename, parser.head)
+
+
+def _boundary(headers: dict[str, str]) -> bytes:
+    if headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedBody("Compressed request bodies are not supported. Send the file as it is.")
+    kind, options = parse_options_header(headers.get("content-type", ""))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequest("The request must be multipart/form-data, with a file and its purpose.")
+    return boundary
+
+
+class _FormReader:
+    """Follows one form through python-multipart's push parser."""
+
+    def __init__(self, boundary: bytes, file_field: str) -> None:
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        self.head = b""
+        self._file_field = file_field
+        self._data: list[bytes] = []
+        self._waiting = 0
+        self._parts = 0
+        self._headers: dict[bytes, bytes] = {}
+        self._header_name = b""
+        self._header_value = b""
+        self._field: str | None = None
+        self._value = b""
+        self._ended = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._on_part_begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._on_headers_finished,
+                "on_part_data": self._on_part_data,
+                "on_part_end": self._on_part_end,
+                "on_end": self._on_end,
+            },
+        )
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._waiting
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise InvalidRequest(f"The multipart body is malformed: {error}") from error
+
+    def finish(self) -> None:
+        if not self._ended:
+            raise InvalidRequest("The multipart body ends before its closing boundary. Was the upload cut off?")
+
+    def take(self) -> bytes:
+        data = b"".join(self._data)
+        self._data.clear()
+        self._waiting = 0
+        return data
+
+    def _on_part_begin(self) -> None:
+        self._parts += 1
+        self._headers = {}
+        self._field = None
+        self._value = b""
+        if self._parts > PARTS_MAX:
+            raise InvalidRequest(f"The form has more than {PARTS_MAX} parts.")
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+        self._check_header()
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+        self._check_header()
+
+    def _check_header(self) -> None:
+        if len(self._header_name) + len(self._header_value) > PART_HEADER_BYTES_MAX:
+            raise InvalidRequest(f"A part's header is longer than {PART_HEADER_BYTES_MAX} bytes.")
+
+    def _on_header_end(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+        if len(self._headers) > PART_HEADERS_MAX:
+            raise InvalidRequest(f"A part has more than {PART_HEADERS_MAX} headers.")
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        name = options.get(b"name", b"").decode("utf-8", errors="replace")
+        if not name:
+            raise InvalidRequest("A part of the form has no name.")
+        self._field = name
+        if name == self._file_field:
+            if self.filename is not None:
+                raise InvalidRequest(f"The form has more than one '{name}'.")
+            self.filename = options.get(b"filename", b"").decode("utf-8", errors="replace")
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._field == self._file_field:
+            self._data.append(data[start:end])
+            self._waiting += end - start
+            if len(self.head) < FILE_CHUNK_BYTES:
+                self.head += data[start:end]
+            return
+        self._value += data[start:end]
+        if len(self._value) > FIELD_BYTES_MAX:
+            raise InvalidRequest(f"The field '{self._field}' is longer than {FIELD_BYTES_MAX} bytes.")
+
+    def _on_part_end(self) -> None:
+        if self._field is not None and self._field != self._file_field:
+            self.fields[self._field] = self._value.decode("utf-8", errors="replace")
+
+    def _on_end(self) -> None:
+        self._ended = True

@@ -1,0 +1,329 @@
+"""The shapes on the wire, to the letter of OpenAI's API plus `job_id`, and how the domain's values become them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
+
+from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, Tally
+from pronghorn.engines.base import ModelInfo
+from pronghorn.limits import METADATA_KEY_CHARS_MAX, METADATA_PAIRS_MAX, METADATA_VALUE_CHARS_MAX
+
+UNLIMITED = "unlimited"
+WINDOW_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+WINDOW_S_MAX = 10 * 365 * 86400
+_WINDOW = re.compile(r"([1-9]\d{0,9})([smhd])")
+
+Purpose = Literal["fine-tune", "assistants", "batch", "user_data", "vision", "evals"]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in the four keys that every OpenAI client reads."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every answer that is not a 2xx."""
+
+    error: ErrorBody
+
+
+class FileObject(BaseModel):
+    """A file's metadata."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    status_details: str | None = None
+
+
+class BatchProblem(BaseModel):
+    """Something that validation found wrong with the input; `line` is 1-based."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchProblems(BaseModel):
+    """Everything that validation found wrong with the input, in line order."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchProblem]
+
+
+class RequestCounts(BaseModel):
+    """Lines in all, with a 2xx answer, and run without one."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class InputTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class OutputTokensDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class BatchUsage(BaseModel):
+    """Tokens of all successful answers so far."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class BatchObject(BaseModel):
+    """A batch: OpenAI's object and the job it runs under."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None
+    errors: BatchProblems | None
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    usage: BatchUsage
+    metadata: dict[str, str] | None
+    job_id: str
+    status_reason: str | None
+
+
+class BatchList(BaseModel):
+    """One page of batches, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ModelObject(BaseModel):
+    """A model that lines can name; `source` is where it comes from, `ready` whether it can answer now."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    source: str
+    ready: bool
+    detail: str | None
+
+
+class ModelList(BaseModel):
+    """Every model that lines can name."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class JobObject(BaseModel):
+    """A job: what batches are created under."""
+
+    id: str
+    object: Literal["job"] = "job"
+    name: str
+    weight: int
+    created_at: int
+
+
+class JobList(BaseModel):
+    """Every job, oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobObject]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CreateJob(_Request):
+    """A new job: a name for people, and its share of the engine against other jobs."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
+    weight: Annotated[int, Field(ge=1, le=1000)] = 1
+
+
+class CreateBatch(_Request):
+    """A new batch."""
+
+    input_file_id: str
+    endpoint: Annotated[str, Field(json_schema_extra={"enum": [endpoint.value for endpoint in Endpoint]})]
+    completion_window: str
+    job_id: str | None = None
+    metadata: dict[str, str] | None = None
+
+    @field_validator("input_file_id")
+    @classmethod
+    def _is_file_id(cls, value: str) -> str:
+        if not value.startswith("file"):
+            raise PydanticCustomError(
+                "invalid_value",
+                "Invalid 'input_file_id': '{value}'. Expected an ID that begins with 'file'.",
+                {"value": value},
+            )
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_supported(cls, value: str) -> str:
+        *first, last = [f"'{endpoint.value}'" for endpoint in Endpoint]
+        if value not in {endpoint.value for endpoint in Endpoint}:
+            raise PydanticCustomError(
+                "invalid_value",
+                "Invalid value: '{value}'. Supported values are: {supported}.",
+                {"value": value, "supported": f"{', '.join(first)}, and {last}"},
+            )
+        return value
+
+    @field_validator("completion_window")
+    @classmethod
+    def _is_window(cls, value: str) -> str:
+        if value != UNLIMITED and not _window_seconds(value):
+            raise PydanticCustomError(
+                "invalid_value",
+                "Invalid value: '{value}' for 'completion_window'. Supported values are: 'unlimited', and a duration "
+                "such as '24h', '90m' or '7d'.",
+                {"value": value},
+            )
+        return value
+
+    @field_validator("metadata")
+    @classmethod
+    def _is_small(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        check_metadata(value or {})
+        return value
+
+    @property
+    def window_s(self) -> int | None:
+        """The completion window in seconds, or None for no end."""
+        return None if self.completion_window == UNLIMITED else _window_seconds(self.completion_window)
+
+
+def check_metadata(metadata: dict[str, str]) -> None:
+    """Raise PydanticCustomError, in OpenAI's words, when metadata is above a limit."""
+    if len(metadata) > METADATA_PAIRS_MAX:
+        raise PydanticCustomError(
+            "object_above_max_properties",
+            "Invalid 'metadata': too many properties. Expected an object with at most {max} properties, but got an "
+            "object with {got} properties instead.",
+            {"max": METADATA_PAIRS_MAX, "got": len(metadata)},
+        )
+    for key, value in metadata.items():
+        if len(key) > METADATA_KEY_CHARS_MAX:
+            raise PydanticCustomError(
+                "property_name_above_max_length",
+                "Invalid 'metadata': property name too long. Expected a name with maximum length {max}, but got a "
+                "name with length {got} instead.",
+                {"max": METADATA_KEY_CHARS_MAX, "got": len(key)},
+            )
+        if len(value) > METADATA_VALUE_CHARS_MAX:
+            raise PydanticCustomError(
+                "string_above_max_length",
+                "Invalid 'metadata.{key}': string too long. Expected a string with maximum length {max}, but got a "
+                "string with length {got} instead.",
+                {"key": key, "max": METADATA_VALUE_CHARS_MAX, "got": len(value), "param": f"metadata.{key}"},
+            )
+
+
+def file_object(file: File) -> FileObject:
+    """Return a file as it goes on the wire."""
+    return FileObject(
+        id=file.id,
+        bytes=file.bytes,
+        created_at=file.created_at,
+        expires_at=file.expires_at,
+        filename=file.filename,
+        purpose=file.purpose,
+    )
+
+
+def batch_object(batch: Batch) -> BatchObject:
+    """Return a batch as it goes on the wire."""
+    problems = None if batch.problems is None else msgspec.json.decode(batch.problems)
+    return BatchObject(
+        id=batch.id,
+        endpoint=batch.endpoint.value,
+        model=batch.model,
+        errors=None if problems is None else BatchProblems(data=problems),
+        input_file_id=batch.input_file_id,
+        completion_window=batch.completion_window,
+        status=batch.status,
+        output_file_id=batch.output_file_id,
+        error_file_id=batch.error_file_id,
+        expires_at=batch.expires_at,
+        request_counts=RequestCounts(total=batch.total, completed=batch.tally.completed, failed=batch.tally.failed),
+        usage=_usage(batch.tally),
+        metadata=batch.metadata,
+        job_id=batch.job_id,
+        status_reason=batch.reason,
+        **msgspec.structs.asdict(batch.stamps),
+    )
+
+
+def model_object(model: ModelInfo, created: int) -> ModelObject:
+    """Return a model as it goes on the wire."""
+    return ModelObject(
+        id=model.id,
+        created=created,
+        owned_by=model.owned_by,
+        source=model.source,
+        ready=model.ready,
+        detail=model.detail,
+    )
+
+
+def job_object(job: Job) -> JobObject:
+    """Return a job as it goes on the wire."""
+    return JobObject(id=job.id, name=job.name, weight=job.weight, created_at=job.created_at)
+
+
+def _usage(tally: Tally) -> BatchUsage:
+    usage = tally.usage
+    return BatchUsage(
+        input_tokens=usage.input_tokens,
+        input_tokens_details=InputTokensDetails(cached_tokens=usage.cached_tokens),
+        output_tokens=usage.output_tokens,
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
+        total_tokens=usage.input_tokens + usage.output_tokens,
+    )
+
+
+def _window_seconds(window: str) -> int | None:
+    match = _WINDOW.fullmatch(window)
+    seconds = int(match[1]) * WINDOW_SECONDS[match[2]] if match else 0
+    return seconds if 0 < seconds <= WINDOW_S_MAX else None

@@ -1,0 +1,84 @@
+"""The HTTP server: routes over a running system, OpenAI's error envelope everywhere."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import pronghorn
+from pronghorn.api import batches, faults, files, jobs, models
+from pronghorn.errors import TooLarge
+from pronghorn.limits import JSON_BODY_BYTES_MAX
+from pronghorn.settings import Settings
+from pronghorn.system import System
+
+# Bodies of these routes stream to disk and have no bound of their own.
+_STREAMED = frozenset({"/v1/files"})
+
+
+def create_app(system: System, settings: Settings) -> FastAPI:
+    """Return the ASGI application over a running system."""
+    app = FastAPI(
+        title="Pronghorn", version=pronghorn.__version__, redirect_slashes=False, docs_url="/docs", redoc_url=None
+    )
+    faults.install(app)
+    clock, ids = system.clock, system.ids
+    app.include_router(files.routes(system.metadata, system.blobs, clock, ids))
+    app.include_router(
+        batches.routes(system.metadata, clock, ids, default_job=settings.default_job, changed=system.coordinator.wake)
+    )
+    app.include_router(models.routes(system.engines, clock.now()))
+    app.include_router(jobs.routes(system.metadata, clock, ids))
+
+    @app.get("/health", tags=["Health"])
+    async def health() -> dict[str, str]:
+        """Answer once the server takes requests."""
+        return {"status": "ok"}
+
+    app.add_middleware(_BodyLimit)
+    app.add_middleware(_RequestId)
+    return app
+
+
+class _RequestId:
+    """Gives every answer an `x-request-id`, which clients show in their errors."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", f"req_{secrets.token_hex(16)}".encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id if scope["type"] == "http" else send)
+
+
+class _BodyLimit:
+    """Refuses a JSON body above the limit while it streams in, before it fills memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _STREAMED:
+            await self._app(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > JSON_BODY_BYTES_MAX:
+                raise TooLarge(f"The request's body is above the limit of {JSON_BODY_BYTES_MAX} bytes.")
+            return message
+
+        try:
+            await self._app(scope, receive_limited, send)
+        except TooLarge as error:
+            await faults.envelope(error)(scope, receive, send)

@@ -1,0 +1,265 @@
+"""`pronghorn run`: one file through the whole pipeline, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pronghorn.domain.lifecycle import TERMINAL
+from pronghorn.domain.model import DEFAULT_ACCOUNT, Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File, Job
+from pronghorn.errors import UsageError, invariant
+from pronghorn.limits import FILE_CHUNK_BYTES
+from pronghorn.settings import Settings, default_data_dir
+from pronghorn.system import System, running
+
+SUCCEEDED, STOPPED, INVALID, SOME_FAILED = 0, 1, 2, 3
+POLL_INTERVAL_S = 0.2
+JOB_ID = "job-run"
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where a run reads and writes; failed lines go beside the answers when no place is given."""
+
+    input: Path
+    output: Path
+    errors: Path | None
+
+    @property
+    def errors_beside_output(self) -> Path:
+        return self.output.with_name(self.output.stem + ".errors.jsonl")
+
+
+class _Unfinished(msgspec.Struct):
+    """What a run leaves in its state directory until its answers are where the user wants them."""
+
+    batch_id: str
+    input: str
+
+
+def state_dir(paths: Paths) -> Path:
+    """Return where a run keeps its state: the same command finds it again."""
+    names = "\0".join(str(path.absolute()) for path in (paths.input, paths.output))
+    return default_data_dir() / "runs" / hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def run(paths: Paths, settings: Settings) -> int:
+    """Run a file's lines and return the exit status."""
+    if not paths.input.is_file():
+        raise UsageError(f"there is no file {paths.input}")
+    if not paths.output.parent.is_dir():
+        raise UsageError(f"there is no directory {paths.output.parent} to write {paths.output.name} to")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
+    status = uvloop.run(_run(paths, settings))
+    if status in (SUCCEEDED, SOME_FAILED, INVALID) and Path(settings.data_dir) == state_dir(paths):
+        shutil.rmtree(settings.data_dir)
+    return status
+
+
+async def _run(paths: Paths, settings: Settings) -> int:
+    stop = _stop_on_signal()
+    async with running(settings) as system:
+        state = Path(settings.data_dir) / "run.json"
+        batch = await _resumed(system, paths, state) or await _begin(system, paths, state)
+        batch = await _watch(system, batch, stop)
+        if batch.status not in TERMINAL:
+            print("pronghorn: stopped; the same command goes on from here", file=sys.stderr)
+            return STOPPED
+        status = await _deliver(system, batch, paths)
+        state.unlink()
+        return status
+
+
+def _stop_on_signal() -> asyncio.Event:
+    """Return an event that ^C or SIGTERM sets; a second one ends the process at once, which loses nothing."""
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(STOPPED)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _resumed(system: System, paths: Paths, state: Path) -> Batch | None:
+    """Return the batch that an interrupted run of the same input left, if there is one."""
+    try:
+        unfinished = msgspec.json.decode(state.read_bytes(), type=_Unfinished)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
+    if unfinished.input != _fingerprint(paths.input):
+        return None
+    return await system.metadata.batch(unfinished.batch_id, DEFAULT_ACCOUNT)
+
+
+async def _begin(system: System, paths: Paths, state: Path) -> Batch:
+    now = system.clock.now()
+    if await system.metadata.job(JOB_ID, DEFAULT_ACCOUNT) is None:
+        await system.metadata.add_job(Job(JOB_ID, DEFAULT_ACCOUNT, "run", 1, now))
+    fingerprint = _fingerprint(paths.input)
+    file = await _store(system, paths.input)
+    batch = await system.metadata.add_batch(
+        Batch(
+            id=system.ids.new("batch_"),
+            order=0,
+            account_id=DEFAULT_ACCOUNT,
+            job_id=JOB_ID,
+            endpoint=await asyncio.to_thread(_endpoint, paths.input),
+            input_file_id=file.id,
+            completion_window="unlimited",
+            status=BatchStatus.VALIDATING,
+            stamps=BatchStamps(created_at=now),
+            expires_at=None,
+            metadata=None,
+        )
+    )
+    scratch = state.with_suffix(".part")
+    scratch.write_bytes(msgspec.json.encode(_Unfinished(batch.id, fingerprint)))
+    scratch.replace(state)
+    system.coordinator.wake()
+    return batch
+
+
+async def _store(system: System, path: Path) -> File:
+    """Copy the input, so that editing it while the run goes on changes nothing."""
+
+    def copy(key: str) -> int:
+        with path.open("rb") as source, system.blobs.writer(key) as writer:
+            while chunk := source.read(FILE_CHUNK_BYTES):
+                writer.write(chunk)
+            writer.commit()
+            return writer.bytes
+
+    file_id = system.ids.new("file-")
+    key = f"files/{file_id}"
+    size = await asyncio.to_thread(copy, key)
+    file = File(file_id, DEFAULT_ACCOUNT, "batch", path.name, size, system.clock.now())
+    await system.metadata.add_file(file, [BlobRef(key, size)])
+    return file
+
+
+def _endpoint(path: Path) -> Endpoint:
+    """Return the endpoint that the first line names; validation speaks up if it is none or another line differs."""
+    with path.open("rb") as source:
+        first = next((line for line in iter(lambda: source.readline(FILE_CHUNK_BYTES), b"") if line.strip()), b"")
+    try:
+        return Endpoint(msgspec.json.decode(first.removeprefix(b"\xef\xbb\xbf"))["url"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Endpoint.CHAT_COMPLETIONS
+
+
+async def _watch(system: System, batch: Batch, stop: asyncio.Event) -> Batch:
+    """Show progress until the batch has ended or a signal came."""
+    with _Bar() as bar:
+        while not stop.is_set() and batch.status not in TERMINAL:
+            current = await system.metadata.batch(batch.id, DEFAULT_ACCOUNT)
+            invariant(current is not None, "a batch does not vanish while it runs")
+            batch = current or batch
+            bar.show(batch, system.clock.monotonic())
+            try:
+                async with asyncio.timeout(POLL_INTERVAL_S):
+                    await stop.wait()
+            except TimeoutError:
+                continue
+    return batch
+
+
+class _Bar:
+    """The progress bar on stderr: lines, lines/s, tokens/s, time left, and why nothing moves if nothing does."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[reason]}"),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID = self._progress.add_task("validating", total=None, rates="", reason="")
+        self._since: tuple[float, int, int] | None = None
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, batch: Batch, now: float) -> None:
+        tokens = batch.tally.usage.input_tokens + batch.tally.usage.output_tokens
+        self._progress.update(
+            self._task,
+            description=batch.status.replace("_", " "),
+            total=batch.total or None,
+            completed=batch.tally.lines,
+            rates=self._rates(batch.tally.lines, tokens, now),
+            reason=batch.reason or "",
+        )
+
+    def _rates(self, lines: int, tokens: int, now: float) -> str:
+        if self._since is None:
+            self._since = now, lines, tokens
+        start, lines_before, tokens_before = self._since
+        elapsed = now - start
+        if elapsed < 1.0:
+            return ""
+        return f"{(lines - lines_before) / elapsed:,.1f} lines/s  {(tokens - tokens_before) / elapsed:,.0f} tokens/s"
+
+
+async def _deliver(system: System, batch: Batch, paths: Paths) -> int:
+    """Put the results where the user wants them and return the exit status."""
+    if batch.status is BatchStatus.FAILED:
+        for message in _problems(batch, paths.input):
+            print(message, file=sys.stderr)
+        return INVALID
+    await _export(system, batch.output_file_id, paths.output)
+    errors = paths.errors or (paths.errors_beside_output if batch.error_file_id else None)
+    if errors is not None:
+        await _export(system, batch.error_file_id, errors)
+    tally = batch.tally
+    unsuccessful = tally.failed + tally.unrun
+    where = f"; the {unsuccessful} others are in {errors}" if unsuccessful else ""
+    print(f"pronghorn: {tally.completed} of {batch.total} lines succeeded: {paths.output}{where}", file=sys.stderr)
+    return SOME_FAILED if unsuccessful else SUCCEEDED
+
+
+async def _export(system: System, file_id: str | None, target: Path) -> None:
+    """Write a result file whole or not at all; no file id means no lines."""
+    scratch = target.with_name(target.name + ".part")
+    with scratch.open("wb") as copy:
+        if file_id is not None:
+            blobs = await system.metadata.file_blobs(file_id)
+            async for chunk in system.blobs.read(blobs, 0, sum(blob.bytes for blob in blobs)):
+                await asyncio.to_thread(copy.write, chunk)
+        copy.flush()
+        os.fsync(copy.fileno())
+    scratch.replace(target)
+
+
+def _problems(batch: Batch, path: Path) -> Iterator[str]:
+    for problem in msgspec.json.decode(batch.problems or b"[]"):
+        where = f"{path}:{problem['line']}" if problem["line"] is not None else str(path)
+        yield f"pronghorn: {where}: {problem['message']} ({problem['code']})"
+
+
+def _fingerprint(path: Path) -> str:
+    stat = path.stat()
+    return f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}"

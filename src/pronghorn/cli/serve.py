@@ -1,0 +1,98 @@
+"""`pronghorn serve`: the system behind uvicorn, until SIGTERM or ^C."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import uvicorn
+import uvloop
+
+from pronghorn import settings as settings_table
+from pronghorn.app import create_app
+from pronghorn.domain.model import DEFAULT_ACCOUNT, Job
+from pronghorn.errors import UsageError
+from pronghorn.settings import Settings
+from pronghorn.system import System, running
+
+KEEP_ALIVE_S = 75
+
+
+def settings_from(config: Path | None, **flags: object) -> Settings:
+    """Return the settings of a configuration file with the flags that were given laid over them."""
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    if urls := overrides.pop("upstream", None):
+        overrides["upstream"] = _upstreams(config, urls)
+    if "data_dir" in overrides:
+        overrides["data_dir"] = str(overrides["data_dir"])
+    return settings_table.load(config, overrides)
+
+
+def serve(settings: Settings) -> None:
+    """Run the server until it is told to stop."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    listener = _listen(settings.host, settings.port)
+    uvloop.run(_serve(settings, listener))
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> None:
+    async with running(settings) as system:
+        job_id = await _first_job(system)
+        server = _Server(
+            uvicorn.Config(
+                create_app(system, settings),
+                http="httptools",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, int(settings.drain_s)),
+                lifespan="off",
+            )
+        )
+        host, port = listener.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        server.banner = f"BASE_URL=http://{address}:{port}\nJOB_ID={job_id}"
+        await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens once it does."""
+
+    banner = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self.banner, flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    listener.listen(2048)
+    return listener
+
+
+async def _first_job(system: System) -> str:
+    """Return the oldest job, made at the first start."""
+    jobs = await system.metadata.jobs(DEFAULT_ACCOUNT)
+    if not jobs:
+        jobs = [Job(system.ids.new("job-"), DEFAULT_ACCOUNT, "default", 1, system.clock.now())]
+        await system.metadata.add_job(jobs[0])
+    return jobs[0].id
+
+
+def _upstreams(config: Path | None, urls: object) -> list[dict[str, object]]:
+    """Return the flag's URLs as settings; one that the file also names keeps the file's key and models."""
+    known = {upstream.url.rstrip("/"): upstream for upstream in settings_table.load(config, {}).upstream}
+    if not isinstance(urls, list):
+        raise UsageError("--upstream takes a URL")
+    return [msgspec.to_builtins(known.get(url.rstrip("/"), {"url": url})) for url in urls]

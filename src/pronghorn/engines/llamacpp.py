@@ -1,0 +1,217 @@
+"""The embedded engine: llama.cpp's own server in child processes of ours, restarted when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from pronghorn.domain.model import Endpoint, Replica
+from pronghorn.engines import smollm2
+from pronghorn.engines.base import ModelInfo
+from pronghorn.engines.llamacpp_child import ChildOptions
+from pronghorn.errors import EngineError
+from pronghorn.settings import LlamaCppSettings
+
+log = logging.getLogger("pronghorn.llamacpp")
+
+# So that the quickstart runs as written.
+ALIAS = "your-model"
+# Measured, docs/ENGINES.md: a process with one thread a core is as fast as one process with many, and five times
+# as fast while something else wants a core, because ggml's threads wait for each other by spinning. Beyond a few
+# processes the memory that each needs outweighs that.
+PROCESSES_MAX = 4
+# Eight lines at once a core: throughput grows little beyond it. A token of context takes 24 KB in the built-in model.
+SLOTS_PER_CORE = 8
+SLOTS_MAX = 64
+MEMORY_SHARE = 0.25
+BYTES_PER_CONTEXT_TOKEN = 24 * 1024
+EMBEDDING_SLOTS = 4
+# A line in the socket for every few that run, so that a free slot is filled at once.
+WINDOW_PER_SLOT = 1.25
+LOAD_TIMEOUT_S = 300.0
+RESTART_WAIT_S_MAX = 30.0
+
+_GENERATES = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS, Endpoint.RESPONSES)
+_EMBEDS = (Endpoint.EMBEDDINGS,)
+
+
+class LlamaCppEngine:
+    """Runs GGUF models on this machine."""
+
+    def __init__(self, settings: LlamaCppSettings) -> None:
+        self._settings = settings
+        self._servers: list[_Server] = []
+        self._source = settings.model or smollm2.SOURCE
+
+    async def start(self, changed: Callable[[], None]) -> None:
+        models = await asyncio.to_thread(_find_models, self._settings.model)
+        for name, names in _names_of(models).items():
+            generators = _generators(self._settings, name, models[name])
+            self._servers += [_Server(options, names, _GENERATES) for options in generators]
+            self._servers.append(_Server(_embedder(self._settings, name, models[name]), names, _EMBEDS))
+        await asyncio.gather(*(server.start() for server in self._servers))
+        changed()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(server.stop() for server in self._servers))
+
+    def replicas(self) -> list[Replica]:
+        return [server.replica for server in self._servers]
+
+    def models(self) -> list[ModelInfo]:
+        """Return each name once; it is ready when every server of its model is."""
+        troubles: dict[str, str | None] = {}
+        for server in self._servers:
+            for name in server.names:
+                troubles[name] = troubles.get(name) or (None if server.ready else server.trouble or "loading")
+        return [ModelInfo(name, "llama.cpp", self._source, not why, why) for name, why in troubles.items()]
+
+    async def survey(self) -> list[ModelInfo]:
+        if self._settings.model is None and not smollm2.cached_path().is_file():
+            return [ModelInfo(smollm2.NAME, "llama.cpp", self._source, False, "fetched at the first start")]
+        names = _names_of(await asyncio.to_thread(_find_models, self._settings.model))
+        return [ModelInfo(name, "llama.cpp", self._source, True) for group in names.values() for name in group]
+
+
+class _Server:
+    """One child process, kept running on one port."""
+
+    def __init__(self, options: ChildOptions, names: tuple[str, ...], endpoints: tuple[Endpoint, ...]) -> None:
+        self.names = names
+        self.ready = False
+        self.trouble: str | None = None
+        self.replica = Replica(
+            base_url=f"http://127.0.0.1:{options.port}/v1",
+            endpoints=endpoints,
+            models=names,
+            window=max(options.slots + 1, round(options.slots * WINDOW_PER_SLOT)),
+        )
+        self._options = options
+        self._process: asyncio.subprocess.Process | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the model and return when it answers; from then on a child that dies is replaced."""
+        self._process = await self._spawn()
+        self._watching = asyncio.create_task(self._watch(self._process))
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()  # it holds nothing that could be lost
+            await self._process.wait()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        failures = 0
+        while True:
+            status = await process.wait()
+            self.ready, self.trouble = False, f"llama.cpp ended with status {status} and is being restarted"
+            log.error("%s: %s", self._options.name, self.trouble)
+            await asyncio.sleep(min(RESTART_WAIT_S_MAX, 0.1 * 2**failures))
+            try:
+                process = self._process = await self._spawn()
+                failures = 0
+            except EngineError as error:
+                failures += 1
+                self.trouble = str(error)
+                log.error("%s", error)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "pronghorn.engines.llamacpp_child",
+            msgspec.json.encode(self._options).decode(),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            # OpenMP's threads spin for each other without end by default, which starves every other process.
+            env=os.environ | {"GOMP_SPINCOUNT": "1000"},
+        )
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                line = await process.stdout.readline() if process.stdout else b""
+        except (TimeoutError, asyncio.CancelledError):
+            process.kill()
+            await process.wait()
+            raise
+        if line != b"READY\n":
+            process.kill()
+            await process.wait()
+            reason = line.decode(errors="replace").removeprefix("FAILED ").strip() or "it ended while loading"
+            raise EngineError(f"llama.cpp cannot run {self._options.model}: {reason}")
+        self.ready, self.trouble = True, None
+        return process
+
+
+def _find_models(path: str | None) -> dict[str, Path]:
+    """Return the GGUF files to run, by model name."""
+    if path is None:
+        return {smollm2.NAME: smollm2.fetch()}
+    given = Path(path).expanduser()
+    if given.is_dir():
+        found = {file.stem.lower(): file for file in sorted(given.glob("*.gguf"))}
+        if not found:
+            raise EngineError(f"there is no .gguf file in {given}")
+        return found
+    if not given.is_file():
+        raise EngineError(f"there is no model at {given}")
+    return {given.stem.lower(): given}
+
+
+def _names_of(models: dict[str, Path]) -> dict[str, tuple[str, ...]]:
+    """Return the names that each model answers to; one that is alone also answers to the alias."""
+    alias = (ALIAS,) if len(models) == 1 else ()
+    return {name: (name, *alias) for name in models}
+
+
+def _generators(settings: LlamaCppSettings, name: str, model: Path) -> list[ChildOptions]:
+    """Return the processes that share this machine's cores, and as many slots as its memory affords."""
+    threads = settings.threads or _cores()
+    processes = min(threads, PROCESSES_MAX)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE
+    affordable = int(memory / (settings.context_tokens * BYTES_PER_CONTEXT_TOKEN))
+    slots = settings.slots or min(threads * SLOTS_PER_CORE, SLOTS_MAX, affordable)
+    return [
+        ChildOptions(
+            model=str(model),
+            name=name,
+            port=_free_port(),
+            slots=max(1, slots // processes),
+            threads=threads // processes,
+            context_tokens=settings.context_tokens,
+            embeddings=False,
+        )
+        for _ in range(processes)
+    ]
+
+
+def _embedder(settings: LlamaCppSettings, name: str, model: Path) -> ChildOptions:
+    return ChildOptions(
+        model=str(model),
+        name=name,
+        port=_free_port(),
+        slots=EMBEDDING_SLOTS,
+        threads=settings.threads or _cores(),
+        context_tokens=settings.context_tokens,
+        embeddings=True,
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

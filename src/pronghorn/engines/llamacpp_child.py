@@ -1,0 +1,84 @@
+"""A child process that runs llama.cpp's own HTTP server: `python -m pronghorn.engines.llamacpp_child OPTIONS`.
+
+It writes one line to stdout, `READY` or `FAILED reason`, and ends when its standard input closes or on SIGTERM.
+llama.cpp's log goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+
+import msgspec
+
+
+class ChildOptions(msgspec.Struct, frozen=True):
+    """What one llama.cpp server runs."""
+
+    model: str
+    name: str
+    port: int
+    slots: int
+    threads: int
+    context_tokens: int
+    embeddings: bool
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    options = msgspec.json.decode(sys.argv[1], type=ChildOptions)
+    status = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what C code prints on stdout belongs in the log
+    try:
+        server = _serve(options)
+    except Exception as error:
+        status.write(f"FAILED {error}\n")
+        status.flush()
+        os._exit(1)
+    # llama.cpp has put its own handlers in place, which do not end the process.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C goes to the server, which closes our standard input
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    status.write("READY\n")
+    while server is not None:
+        signal.pause()
+
+
+def _serve(options: ChildOptions) -> object:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = options.model
+    params.model_alias = {options.name}
+    params.hostnames = ["127.0.0.1"]
+    params.port = options.port
+    params.n_parallel = options.slots
+    params.n_ctx = options.slots * options.context_tokens
+    params.cpuparams.n_threads = options.threads
+    params.cpuparams_batch.n_threads = options.threads
+    params.cache_ram_mib = 0  # the slots' own caches suffice; copying prompts to host memory costs throughput
+    params.n_ctx_checkpoints = 0
+    params.fit_params = False
+    params.ui = False
+    params.endpoint_metrics = True
+    params.verbosity = 1
+    params.n_threads_http = 2 * options.slots + 8  # a request holds a thread for as long as it is answered
+    if options.embeddings:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+        # An embedding's prompt has to fit one physical batch.
+        params.n_batch = params.n_ubatch = options.context_tokens
+    return xllamacpp.Server(params)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    # Not a clean exit: the server's destructor waits for its requests while it holds the interpreter's lock.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

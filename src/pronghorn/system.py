@@ -1,0 +1,122 @@
+"""The composition root of everything behind the wire: storage, engines, workers, coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import URL
+
+from pronghorn.clock import Clock, SystemClock
+from pronghorn.control.coordinator import Coordinator
+from pronghorn.control.finalizer import Finalizer
+from pronghorn.control.planner import Planner
+from pronghorn.domain.model import DEFAULT_ACCOUNT
+from pronghorn.engines.base import Engine, EnginePool
+from pronghorn.engines.llamacpp import LlamaCppEngine
+from pronghorn.engines.upstream import UpstreamEngine
+from pronghorn.errors import UsageError
+from pronghorn.executors.local import LocalExecutor
+from pronghorn.ids import Ids, RandomIds
+from pronghorn.settings import Settings
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.database import Database
+from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.segments import Segments
+from pronghorn.worker.protocol import Configure
+
+log = logging.getLogger("pronghorn.system")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The running parts that a front (the HTTP server, `pronghorn run`) builds on."""
+
+    metadata: Metadata
+    blobs: Blobs
+    engines: EnginePool
+    coordinator: Coordinator
+    clock: Clock
+    ids: Ids
+
+
+def build_engines(settings: Settings) -> EnginePool:
+    """Return the engines that the settings name: the upstreams if there are any, else the embedded one."""
+    engines: list[Engine] = [UpstreamEngine(upstream) for upstream in settings.upstream]
+    return EnginePool(engines or [LlamaCppEngine(settings.llamacpp)])
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[System]:
+    """Start everything, and on leaving drain the lines in flight and stop it.
+
+    Raises UsageError when another process uses the data directory, EngineError when no engine can work.
+    """
+    data_dir = Path(settings.data_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_locked(data_dir))
+        clock, ids = SystemClock(), RandomIds()
+        database = await asyncio.to_thread(Database, URL.create("sqlite", database=str(data_dir / "pronghorn.db")))
+        metadata = Metadata(database)
+        stack.push_async_callback(metadata.close)
+        await metadata.add_account(DEFAULT_ACCOUNT, "default", clock.now())
+        blobs, segments = Blobs(data_dir / "blobs"), Segments(data_dir / "segments")
+        engines = build_engines(settings)
+        await engines.start()
+        stack.push_async_callback(engines.stop)
+        coordinator = Coordinator(
+            metadata=metadata,
+            segments=segments,
+            engines=engines,
+            executor=LocalExecutor(),
+            planner=Planner(metadata, blobs, engines, clock, line_bytes_max=settings.line_bytes_max),
+            finalizer=Finalizer(metadata, segments, clock, ids),
+            clock=clock,
+            configure=Configure(
+                blobs_dir=str(data_dir / "blobs"),
+                segments_dir=str(data_dir / "segments"),
+                line_bytes_max=settings.line_bytes_max,
+                answer_bytes_max=settings.answer_bytes_max,
+                line_timeout_s=settings.line_timeout_s,
+            ),
+            workers=settings.workers,
+        )
+        coordinating = asyncio.create_task(coordinator.run())
+        coordinating.add_done_callback(_end_on_failure)
+        try:
+            yield System(metadata, blobs, engines, coordinator, clock, ids)
+        finally:
+            coordinator.stop(settings.drain_s)
+            await asyncio.gather(coordinating, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory for this process alone; the lock goes when the process does, however it ends."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"cannot use {data_dir} as data directory: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise UsageError(f"{data_dir} is in use by another pronghorn; give this one its own --data-dir") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _end_on_failure(coordinating: asyncio.Task[None]) -> None:
+    """A server whose coordinator has failed must not look alive: end, and recover at the next start."""
+    if not coordinating.cancelled() and (error := coordinating.exception()):
+        log.critical("the coordinator failed; ending so that a restart can recover", exc_info=error)
+        os._exit(1)
