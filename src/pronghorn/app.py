@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -70,15 +70,21 @@ class _BodyLimit:
             return
         received = 0
 
-        async def receive_limited() -> Any:
+        async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > JSON_BODY_BYTES_MAX:
-                raise TooLarge(f"The request's body is above the limit of {JSON_BODY_BYTES_MAX} bytes.")
+                raise TooLarge("the rest is not read")
             return message
 
-        try:
-            await self._app(scope, receive_limited, send)
-        except TooLarge as error:
-            await faults.envelope(error)(scope, receive, send)
+        async def send_unless_refused(message: Message) -> None:
+            # The framework makes a 400 of its own out of whatever reading the body raises.
+            if received <= JSON_BODY_BYTES_MAX:
+                await send(message)
+
+        with contextlib.suppress(TooLarge):
+            await self._app(scope, receive_limited, send_unless_refused)
+        if received > JSON_BODY_BYTES_MAX:
+            refusal = TooLarge(f"The request's body is above the limit of {JSON_BODY_BYTES_MAX} bytes.")
+            await faults.envelope(refusal, {"connection": "close"})(scope, receive, send)

@@ -14,6 +14,9 @@ from pronghorn.errors import UsageError
 from pronghorn.limits import LINE_BYTES_MAX, MIB
 
 
+Positive = Annotated[int, Meta(ge=1)]
+
+
 class UpstreamSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An OpenAI-compatible server that lines go to."""
 
@@ -25,7 +28,7 @@ class UpstreamSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         tuple[str, ...] | None, Meta(description="model names it answers; asked from its /v1/models when left out")
     ] = None
     window: Annotated[
-        int | None, Meta(ge=1, description="lines in flight at once; found by measurement when left out")
+        Positive | None, Meta(description="lines in flight at once; found by measurement when left out")
     ] = None
 
 
@@ -35,10 +38,8 @@ class LlamaCppSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     model: Annotated[
         str | None, Meta(description="a GGUF file, or a directory of them; the built-in small model when left out")
     ] = None
-    slots: Annotated[
-        int | None, Meta(ge=1, le=256, description="lines run at once; from cores and memory when left out")
-    ] = None
-    threads: Annotated[int | None, Meta(ge=1, description="threads of the engine; one a core when left out")] = None
+    slots: Annotated[Positive | None, Meta(description="lines run at once; from cores and memory when left out")] = None
+    threads: Annotated[Positive | None, Meta(description="threads of the engine; one a core when left out")] = None
     context_tokens: Annotated[int, Meta(ge=256, description="prompt and answer of one line, in tokens")] = 2048
 
 

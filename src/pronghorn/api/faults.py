@@ -19,6 +19,7 @@ log = logging.getLogger("pronghorn.api")
 _EXPECTED = {
     "string_type": "a string",
     "int_type": "an integer",
+    "int_parsing": "an integer",
     "int_from_float": "an integer",
     "float_type": "a number",
     "bool_type": "a boolean",

@@ -35,6 +35,7 @@ def serve(settings: Settings) -> None:
     """Run the server until it is told to stop."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send wrong is answered, not logged
     listener = _listen(settings.host, settings.port)
     uvloop.run(_serve(settings, listener))
 
@@ -48,6 +49,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
                 http="httptools",
                 log_config=None,
                 access_log=False,
+                server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, int(settings.drain_s)),
                 lifespan="off",
