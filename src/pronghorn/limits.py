@@ -9,6 +9,8 @@ MIB = 1024 * KIB
 LINE_BYTES_MAX = 16 * MIB
 # Long enough for a URL or a path as an id; short enough that ids never dominate a result file.
 CUSTOM_ID_CHARS_MAX = 512
+# Every decoder that meets a line, ours and the engine's, takes this depth whatever its own stack is.
+JSON_DEPTH_MAX = 256
 # A batch object with this many problems is about 15 MB of JSON; beyond it the rest is counted, not listed.
 LINE_PROBLEMS_MAX = 100_000
 

@@ -13,7 +13,6 @@ from msgspec import Meta
 from pronghorn.errors import UsageError
 from pronghorn.limits import LINE_BYTES_MAX, MIB
 
-
 Positive = Annotated[int, Meta(ge=1)]
 
 

@@ -99,13 +99,17 @@ def _stop_on_signal() -> asyncio.Event:
 
 async def _resumed(system: System, paths: Paths, state: Path) -> Batch | None:
     """Return the batch that an interrupted run of the same input left, if there is one."""
-    try:
-        unfinished = msgspec.json.decode(state.read_bytes(), type=_Unfinished)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None
-    if unfinished.input != _fingerprint(paths.input):
+    unfinished = await asyncio.to_thread(_read_state, state)
+    if unfinished is None or unfinished.input != _fingerprint(paths.input):
         return None
     return await system.metadata.batch(unfinished.batch_id, DEFAULT_ACCOUNT)
+
+
+def _read_state(state: Path) -> _Unfinished | None:
+    try:
+        return msgspec.json.decode(state.read_bytes(), type=_Unfinished)
+    except (FileNotFoundError, msgspec.DecodeError):
+        return None
 
 
 async def _begin(system: System, paths: Paths, state: Path) -> Batch:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import os
+import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -58,13 +63,31 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         host, port = listener.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         server.banner = f"BASE_URL=http://{address}:{port}\nJOB_ID={job_id}"
+        _stop_on_signal(server, system, settings)
         await server.serve(sockets=[listener])
 
 
+def _stop_on_signal(server: _Server, system: System, settings: Settings) -> None:
+    """End cleanly on ^C or SIGTERM; a second one ends the process at once, which loses nothing."""
+
+    def on_signal() -> None:
+        if server.should_exit:
+            os._exit(1)
+        server.should_exit = True
+        system.coordinator.stop(settings.drain_s)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+
+
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens once it does, and leaves signals to us."""
 
     banner = ""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

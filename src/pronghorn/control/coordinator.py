@@ -85,7 +85,6 @@ class Coordinator:
         self._paused: dict[CrewMember, dict[str, str]] = {}
         self._shares: dict[Route, FairShare] = {}
         self._stopping = False
-        self._drain_s = 0.0
 
     def wake(self) -> None:
         """Look for new work now rather than at the next tick."""
@@ -93,6 +92,8 @@ class Coordinator:
 
     def stop(self, drain_s: float) -> None:
         """Send no further line, let those in flight finish for up to `drain_s`, and make `run` return."""
+        if self._stopping:
+            return
         self._stopping = True
         for member in self._crew:
             member.stop(drain_s)

@@ -17,20 +17,25 @@ class Candidate(NamedTuple):
 
 
 class FairShare:
-    """Weighted fair queueing over jobs, in lines: a job that has waited gets no credit for its idle time."""
+    """Weighted fair queueing over jobs, in lines.
+
+    A job that comes back gets no credit for the time in which it had nothing waiting, and keeps what it owes.
+    """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
+        self._floor = 0.0
 
     def pick(self, candidates: Iterable[Candidate]) -> Candidate | None:
         """Return the batch whose shard should go next, or None when nothing waits."""
         waiting = list(candidates)
         if not waiting:
-            self._served.clear()
             return None
-        floor = min((self._served[c.job_id] for c in waiting if c.job_id in self._served), default=0.0)
         active = {c.job_id for c in waiting}
-        self._served = {job: max(self._served.get(job, floor), floor) for job in active}
+        least = min((self._served[job] for job in active if job in self._served), default=self._floor)
+        self._floor = floor = max(self._floor, least)
+        owing = {job: served for job, served in self._served.items() if served > floor}
+        self._served = dict.fromkeys(active, floor) | owing
         return min(waiting, key=self._urgency)
 
     def charge(self, candidate: Candidate, lines: int) -> None:

@@ -67,7 +67,8 @@ class Window:
         self._saturated = 0
 
     def _end_round(self, now: float) -> None:
-        rate = self._answers / max(now - (self._round_started or now), 1e-9)
+        started = now if self._round_started is None else self._round_started
+        rate = self._answers / max(now - started, 1e-9)
         used = self._saturated >= 0.9 * self.limit
         self._start_round(now)
         if used:

@@ -6,16 +6,19 @@ duplicate custom_ids (which spill to disk past a bound), and the shards themselv
 
 from __future__ import annotations
 
+import heapq
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, NamedTuple
+from itertools import islice
+from typing import IO, Annotated, NamedTuple
 
 import msgspec
 
 from pronghorn.domain import validation
 from pronghorn.domain.validation import Problem, Rules
 from pronghorn.limits import (
+    CUSTOM_ID_CHARS_MAX,
     LINE_PROBLEMS_MAX,
     PLANNING_HASHES_IN_MEMORY_MAX,
     SHARD_BYTES_MAX,
@@ -112,8 +115,9 @@ class LineSplitter:
     def _without_mark(self, chunk: bytes) -> bytes:
         start = self._rest + chunk
         self._rest = b""
-        self._at_start = len(start) < len(BOM)
-        if start.startswith(BOM):
+        marked = start.startswith(BOM)
+        self._at_start = not marked and BOM.startswith(start)
+        if marked:
             self._offset = len(BOM)
             return start[len(BOM) :]
         return start
@@ -164,9 +168,8 @@ def plan_file(
         suspects = seen.repeated()
     if suspects:
         lines = split_lines(open_chunks(), line_bytes_max=line_bytes_max)
-        duplicates = list(_duplicates(lines, suspects))
-        merged = sorted([*problems, *duplicates], key=lambda problem: problem.line or 0)
-        problems, unlisted = merged[:LINE_PROBLEMS_MAX], unlisted + len(merged[LINE_PROBLEMS_MAX:])
+        merged = heapq.merge(problems, _duplicates(lines, suspects), key=lambda problem: problem.line or 0)
+        problems, unlisted = list(islice(merged, LINE_PROBLEMS_MAX)), unlisted + sum(1 for _ in merged)
     if not shards.lines:
         problems = [validation.empty_file()]
     if problems or model is None:
@@ -211,7 +214,7 @@ class _ShardCutter:
 
 
 class _IdOnly(msgspec.Struct):
-    custom_id: str
+    custom_id: Annotated[str, msgspec.Meta(max_length=CUSTOM_ID_CHARS_MAX)]
 
 
 _decode_id = msgspec.json.Decoder(_IdOnly).decode

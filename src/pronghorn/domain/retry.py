@@ -7,7 +7,7 @@ range (full jitter), so that lines that failed together do not come back togethe
 from __future__ import annotations
 
 import email.utils
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ RETRY_AFTER_LINE_S_MAX = 300.0
 BACKOFF_S_MAX = 60.0
 LOADING_BACKOFF_S_MAX = 30.0
 REFUSED_ACCESS_PAUSE_S = 300.0
+# A line's record keeps each of its token counts in 32 bits.
+TOKENS_MAX = (1 << 32) - 1
 
 
 class Success(NamedTuple):
@@ -65,16 +67,20 @@ class Effort(NamedTuple):
     pauses: int = 0
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
+_Kind = TypeVar("_Kind")
+
+
 class _ChatTokens(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
 
 
 class _Tokens(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
     prompt_tokens_details: _ChatTokens | None = None
     completion_tokens_details: _ChatTokens | None = None
     input_tokens_details: _ChatTokens | None = None
@@ -98,17 +104,16 @@ class _Choice(msgspec.Struct):
 class _Body(msgspec.Struct):
     usage: _Tokens | None = None
     choices: list[_Choice] | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
-class _Error(msgspec.Struct):
-    code: str | int | None = None
-    type: str | None = None
-    message: str | None = None
+class _Error(NamedTuple):
+    code: object = None
+    type: object = None
 
 
 class _Envelope(msgspec.Struct):
-    error: _Error | str | None = None
+    error: Any = None
 
 
 _decode_body = msgspec.json.Decoder(_Body).decode
@@ -126,7 +131,7 @@ def judge(answer: Answer | Fault, endpoint: Endpoint, effort: Effort, now: float
 
 def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, float]:
     """Return the range of waits before try `attempt` + 1: it doubles from one second up to the bound."""
-    return 0.0, min(wait_s_max, 2.0 ** (attempt - 1))
+    return 0.0, min(wait_s_max, _doubled(attempt - 1))
 
 
 def _judge_fault(fault: Fault, effort: Effort) -> Verdict:
@@ -149,12 +154,12 @@ def _judge_fault(fault: Fault, effort: Effort) -> Verdict:
 
 def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: float) -> Verdict:
     try:
-        body = _decode_body(answer.body)
+        body = _read(answer.body)
     except (ValueError, RecursionError):
         return _retry_or(Failure("upstream_disconnected", "The engine's answer was not valid JSON."), effort)
-    if body.error is not None and bytes(body.error) != b"null":
-        error = _error_of(answer.body)
-        status = error.code if isinstance(error.code, int) else 500
+    if body.error is not None:
+        error = _as_error(body.error)
+        status = error.code if isinstance(error.code, int) and 400 <= error.code < 600 else 500
         return _judge_refusal(status, error, answer.headers, effort, now)
     if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
         if not body.choices:
@@ -174,6 +179,7 @@ def _judge_refusal(status: int, error: _Error, headers: dict[bytes, bytes], effo
             return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, reason)
         case 503:
             wait = retry_after(headers, now)
+            wait = None if wait is None else min(max(wait, 1.0), RETRY_AFTER_LINE_S_MAX)
             bounds = (wait, wait) if wait is not None else _engine_wait(effort.pauses)
             return Pause(*bounds, "the engine answers 503 (loading or overloaded)")
         case 408 | 409 | 425 | 502 | 504 | 529:
@@ -191,7 +197,8 @@ def _judge_rate_limit(error: _Error, headers: dict[bytes, bytes], effort: Effort
     if wait is None:
         return Again(*backoff(effort.tries), costs_attempt=False)
     if wait > RETRY_AFTER_LINE_S_MAX:
-        return Pause(wait, wait, f"the engine asks to be left alone for {wait:.0f} s (429)")
+        reason = f"the engine asks to be left alone for {wait:g} s (429)"
+        return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, reason)
     return Again(wait, wait + max(1.0, wait / 10), costs_attempt=False)
 
 
@@ -209,7 +216,12 @@ def retry_after(headers: dict[bytes, bytes], now: float) -> float | None:
 
 
 def _engine_wait(pauses: int) -> tuple[float, float]:
-    return 1.0, max(1.0, min(LOADING_BACKOFF_S_MAX, 2.0**pauses))
+    return 1.0, min(LOADING_BACKOFF_S_MAX, _doubled(pauses))
+
+
+def _doubled(times: int) -> float:
+    """Return one second doubled so often; how often has no bound when an engine stays away, but a float has one."""
+    return 2.0 ** min(times, 10)
 
 
 def _retry_or(
@@ -220,12 +232,41 @@ def _retry_or(
     return Again(*backoff(effort.charged, wait_s_max), costs_attempt=True)
 
 
+def _read(body: bytes) -> _Body:
+    """Return the parts of an answer that are looked at; an odd one counts as saying nothing, and the answer stands.
+
+    Raises ValueError or RecursionError for what is not JSON.
+    """
+    try:
+        return _decode_body(body)
+    except msgspec.ValidationError:
+        value = msgspec.json.decode(body)
+    parts = value if isinstance(value, dict) else {}
+    choices = parts.get("choices")
+    found = choices if isinstance(choices, list) else [choices]
+    return _Body(
+        usage=_fitting(parts.get("usage"), _Tokens),
+        choices=[_fitting(choice, _Choice) or _Choice() for choice in found] if choices else None,
+        error=parts.get("error"),
+    )
+
+
+def _fitting(value: object, kind: type[_Kind]) -> _Kind | None:
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError:
+        return None
+
+
 def _error_of(body: bytes) -> _Error:
     try:
-        error = _decode_envelope(body).error
+        return _as_error(_decode_envelope(body).error)
     except (ValueError, RecursionError):
         return _Error()
-    return error if isinstance(error, _Error) else _Error(message=error)
+
+
+def _as_error(error: object) -> _Error:
+    return _Error(error.get("code"), error.get("type")) if isinstance(error, dict) else _Error()
 
 
 def _number(value: bytes | None) -> float | None:
@@ -239,7 +280,7 @@ def _number(value: bytes | None) -> float | None:
 def _seconds_until(date: bytes, now: float) -> float | None:
     try:
         return max(0.0, email.utils.parsedate_to_datetime(date.decode("latin-1")).timestamp() - now)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
 
 from pronghorn.domain.model import Endpoint
-from pronghorn.limits import CUSTOM_ID_CHARS_MAX
+from pronghorn.limits import CUSTOM_ID_CHARS_MAX, JSON_DEPTH_MAX
 
 _REQUIRED_INPUT = {
     Endpoint.CHAT_COMPLETIONS: "messages",
@@ -28,7 +29,12 @@ _STREAMING_NAME = {
     Endpoint.RESPONSES: "Responses",
 }
 _TYPE_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Escapes in the order they are read: a whole pair, half of one (the group), any other.
+_ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_DEPTH_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEPTH_STEPS)
 
 
 class Problem(NamedTuple):
@@ -87,6 +93,7 @@ def check_line(raw: bytes, rules: Rules) -> CheckedLine | None:
         or getattr(body, _REQUIRED_INPUT[rules.endpoint]) is msgspec.UNSET
         or len(line.custom_id) > CUSTOM_ID_CHARS_MAX
         or (b"\\" in raw and _has_lone_surrogate(raw))
+        or _is_too_deep(raw)
         or not rules.knows_model(body.model)
     ):
         return None
@@ -101,14 +108,16 @@ def explain(raw: bytes, number: int, rules: Rules) -> list[Problem]:
         message = f"This line is not valid UTF-8: byte {error.start + 1} of the line is wrong."
         return [Problem("invalid_json_line", message, None, number)]
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_int=_short_int)
     except RecursionError:
-        return [Problem("invalid_json_line", "This line is nested too deeply.", None, number)]
+        return [_too_deep(number)]
     except ValueError as error:
         return [Problem("invalid_json_line", _not_json(text, error), None, number)]
     if not isinstance(value, dict):
         message = f"This line is not a JSON object: expected an object, but got {type_name(value)} instead."
         return [Problem("invalid_json_line", message, None, number)]
+    if _is_too_deep(raw):
+        return [_too_deep(number)]
     problems = list(_problems(value, number, rules))
     if _has_lone_surrogate(raw):
         message = "This line holds half of a UTF-16 surrogate pair (\\ud800-\\udfff), which is not text."
@@ -119,7 +128,7 @@ def explain(raw: bytes, number: int, rules: Rules) -> list[Problem]:
 def duplicate(custom_id: str, number: int) -> Problem:
     """Return the problem of a custom_id that an earlier line has already used."""
     message = (
-        f"The custom_id '{custom_id}' for this request is a duplicate of another request. "
+        f"The custom_id '{_shown(custom_id)}' for this request is a duplicate of another request. "
         "The custom_id parameter must be unique for each request in a batch."
     )
     return Problem("duplicate_custom_id", message, "custom_id", number)
@@ -128,7 +137,7 @@ def duplicate(custom_id: str, number: int) -> Problem:
 def other_model(model: str, number: int) -> Problem:
     """Return the problem of a line whose model is not the first line's."""
     message = (
-        f"The model '{model}' for this request does not match the rest of the batch. "
+        f"The model '{_shown(model)}' for this request does not match the rest of the batch. "
         "Each batch must contain requests for a single model."
     )
     return Problem("mismatched_model", message, "body.model", number)
@@ -166,7 +175,7 @@ def _problems(line: dict[str, Any], number: int, rules: Rules) -> Iterator[Probl
     yield from _custom_id_problems(line.get("custom_id"), number)
     method = line.get("method")
     if isinstance(method, str) and method != "POST":
-        message = f"Invalid value: '{method}'. Supported values are: 'POST'."
+        message = f"Invalid value: '{_shown(method)}'. Supported values are: 'POST'."
         yield Problem("invalid_value", message, "method", number)
     url = line.get("url")
     if isinstance(url, str) and url != rules.endpoint:
@@ -195,7 +204,7 @@ def _body_problems(body: object, number: int, rules: Rules) -> Iterator[Problem]
     elif not isinstance(model, str):
         yield _wrong_type("body.model", "a string", model, number)
     elif not rules.knows_model(model):
-        message = f"The provided model '{model}' is not supported by the Batch API."
+        message = f"The provided model '{_shown(model)}' is not supported by the Batch API."
         yield Problem("model_not_found", message, "body.model", number)
     field = _REQUIRED_INPUT[rules.endpoint]
     if field not in body:
@@ -206,7 +215,7 @@ def _body_problems(body: object, number: int, rules: Rules) -> Iterator[Problem]
         name = _STREAMING_NAME[rules.endpoint]
         message = f"{name}: Streaming is not supported in the Batch API."
         yield Problem("streaming_unsupported", message, "body.stream", number)
-    elif stream not in (None, False):
+    elif stream is not None and stream is not False:
         yield _wrong_type("body.stream", "a boolean", stream, number)
 
 
@@ -215,8 +224,23 @@ def _wrong_type(field: str, expected: str, value: object, number: int) -> Proble
     return Problem("invalid_type", message, field, number)
 
 
+def _too_deep(number: int) -> Problem:
+    return Problem("invalid_json_line", "This line is nested too deeply.", None, number)
+
+
+def _shown(text: str) -> str:
+    """Return what a message shows of a client's text: not all of a long one, and nothing that is not text."""
+    shown = text if len(text) <= CUSTOM_ID_CHARS_MAX else text[:CUSTOM_ID_CHARS_MAX] + "…"
+    return shown.encode(errors="replace").decode()
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _short_int(digits: str) -> int:
+    """Read an integer whose size does not matter: int() refuses one of more than 4,300 digits."""
+    return int(digits[:20])
 
 
 def _not_json(text: str, error: ValueError) -> str:
@@ -228,11 +252,9 @@ def _not_json(text: str, error: ValueError) -> str:
 
 
 def _unexplained(raw: bytes, number: int) -> Problem:
-    """Describe what only the stricter decoder refuses, such as numbers beyond a double or deep nesting."""
+    """Describe what only the stricter decoder refuses, such as a wrong type under the first of two equal keys."""
     try:
         _decode(raw)
-    except RecursionError:
-        message = "This line is nested too deeply."
     except ValueError as error:
         message = f"This line is not parseable as valid JSON: {error}."
     else:
@@ -241,12 +263,13 @@ def _unexplained(raw: bytes, number: int) -> Problem:
 
 
 def _has_lone_surrogate(raw: bytes) -> bool:
-    if not _SURROGATE.search(raw):
+    """Tell whether a string of a JSON text escapes half of a UTF-16 pair without the other."""
+    return _SURROGATE.search(raw) is not None and any(escape[1] for escape in _ESCAPE.finditer(raw))
+
+
+def _is_too_deep(raw: bytes) -> bool:
+    """Tell whether a JSON text is nested more than JSON_DEPTH_MAX deep."""
+    if raw.count(b"[") + raw.count(b"{") <= JSON_DEPTH_MAX:
         return False
-    try:
-        json.dumps(json.loads(raw), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    except (ValueError, RecursionError):
-        return False
-    return False
+    brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
+    return max(accumulate(_DEPTH_STEPS[bracket] for bracket in brackets), default=0) > JSON_DEPTH_MAX

@@ -1,4 +1,4 @@
-"""What answers lines: an engine is one or more replicas behind OpenAI's HTTP, started and watched by us or by others."""
+"""What answers lines: an engine is one or more replicas behind OpenAI's HTTP, started by us or by others."""
 
 from __future__ import annotations
 

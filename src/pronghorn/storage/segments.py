@@ -66,41 +66,39 @@ def encode(outcome: Outcome) -> bytes:
 
 
 class SegmentWriter:
-    """Appends records; `flush` makes all that was appended durable. Calls of `flush` block."""
+    """Appends records in three steps: held, written (survives this process), synced (survives a power cut)."""
 
     def __init__(self, path: Path) -> None:
         make_directory(path.parent)
         self.path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         sync_directory(path.parent)
-        self._pending: list[bytes] = []
+        self._held: list[bytes] = []
         self._end = 0
-        self.pending_bytes = 0
 
     def append(self, outcome: Outcome) -> Place:
-        """Add a record to those that the next `flush` writes, and return where its result will lie."""
+        """Hold a record for the next `write`, and return where its result will lie."""
         record = encode(outcome)
         offset = self._end + _HEADER.size + _OUTCOME.size
         self._end += len(record)
-        self._pending.append(record)
-        self.pending_bytes += len(record)
+        self._held.append(record)
         return Place(self.path, offset, len(outcome.result), outcome.fate, outcome.usage)
 
-    def take(self) -> bytes:
-        """Return the records that wait to be written, which from now on are the caller's to write."""
-        data = b"".join(self._pending)
-        self._pending.clear()
-        self.pending_bytes = 0
-        return data
+    def write(self) -> None:
+        """Hand the held records to the operating system.
 
-    def write(self, data: bytes) -> None:
-        """Write taken records and wait until they are on disk.
-
-        Raises OSError; after one the file's state is unknown and only a new process may go on.
+        Raises OSError; after one the file's end is unknown and only a new process may go on.
         """
-        view = memoryview(data)
+        view = memoryview(b"".join(self._held))
+        self._held.clear()
         while view:
             view = view[os.write(self._descriptor, view) :]
+
+    def sync(self) -> None:
+        """Wait until what was written is on disk; blocks.
+
+        Raises OSError; after one the page cache can no longer be trusted and only a new process may go on.
+        """
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:
@@ -172,11 +170,14 @@ def tally(places: Iterable[Place]) -> Tally:
 
 def _read_segment(path: Path) -> Iterator[tuple[int, Place]]:
     with path.open("rb", buffering=_READ_BYTES) as file:
+        size = os.fstat(file.fileno()).st_size
         offset = 0
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             length, checksum = _HEADER.unpack(header)
+            if not _OUTCOME.size <= length <= size - offset - _HEADER.size:
+                return
             payload = file.read(length)
-            if len(payload) < max(length, _OUTCOME.size) or zlib.crc32(payload) != checksum:
+            if zlib.crc32(payload) != checksum:
                 return
             line, fate, *tokens = _OUTCOME.unpack_from(payload)
             result = offset + _HEADER.size + _OUTCOME.size

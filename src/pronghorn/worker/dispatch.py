@@ -178,6 +178,10 @@ def _result(line: _Line, answer: Answer | Fault, code: str | None = None, messag
     return results.answered(*line.identity, answer)
 
 
+def _refusal(error: OSError) -> str:
+    return f"the disk refuses to store outcomes: {error.strerror}"
+
+
 class Dispatcher:
     """Runs shards against engine replicas and reports what becomes of them."""
 
@@ -204,6 +208,8 @@ class Dispatcher:
         self._dirty = asyncio.Event()
         self._committing = asyncio.Lock()
         self._undurable_bytes = 0
+        self._writing = False
+        self._disk_error: OSError | None = None
         self._stopping = False
         self._drained = asyncio.Event()
 
@@ -307,7 +313,9 @@ class Dispatcher:
     def _record(self, line: _Line, fate: Fate, usage: Usage, result: bytes) -> None:
         line.run.record(Outcome(line.number, fate, usage, result))
         self._undurable_bytes += len(result)
-        self._dirty.set()
+        if not self._writing:
+            self._writing = True
+            asyncio.get_running_loop().call_soon(self._write)
 
     def _send_later(self, line: _Line, wait_s: float) -> None:
         def again() -> None:
@@ -380,23 +388,37 @@ class Dispatcher:
             self._dirty.clear()
             await self._commit()
 
-    async def _commit(self) -> None:
-        """Write all pending records, wait for the disk once a segment, then finish the shards that are complete."""
-        async with self._committing:
-            self._undurable_bytes = 0
-            groups = [
-                (run, run.segment, run.segment.take(), run.counter.tally(), run.complete)
-                for run in self._runs.values()
-                if run.segment is not None and not run.finished and (run.segment.pending_bytes or run.complete)
-            ]
-            for run, segment, data, tally, complete in groups:
+    def _write(self) -> None:
+        """Hand what was recorded in this turn of the loop to the operating system: it survives our death now."""
+        self._writing = False
+        for run in list(self._runs.values()):
+            if run.segment is not None:
                 try:
-                    await asyncio.to_thread(segment.write, data)
+                    run.segment.write()
+                except OSError as error:
+                    self._disk_error = self._disk_error or error
+                    self._drop(run, _refusal(error))
+        self._dirty.set()
+
+    async def _commit(self) -> None:
+        """Wait for the disk once for all that is written, then finish the shards that are complete."""
+        async with self._committing:
+            self._write()
+            self._dirty.clear()
+            if self._disk_error is not None:
+                raise self._disk_error
+            self._undurable_bytes = 0
+            groups = [(run, run.segment, run.counter.tally(), run.complete) for run in self._runs.values()]
+            for run, segment, tally, complete in groups:
+                if segment is None or run.finished or (tally == run.durable and not complete):
+                    continue
+                try:
+                    await asyncio.to_thread(segment.sync)
                     run.durable, run.moved, run.finished = tally, True, complete
                     if complete:
                         await self._finish(run, segment)
                 except OSError as error:
-                    self._drop(run, f"the disk refuses to store outcomes: {error.strerror}")
+                    self._drop(run, _refusal(error))
                     raise
         self.fill()
 

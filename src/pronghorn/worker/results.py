@@ -78,12 +78,21 @@ def _write_part(key: str, places: list[Place], blobs: Blobs) -> BlobRef | None:
 
 
 def _one_line_body(answer: Answer) -> bytes:
-    body = answer.body.strip()
+    body = _text(answer.body).strip()
     if 200 <= answer.status < 300 and b"\n" not in body and b"\r" not in body:
         return body  # a success has been decoded already
     try:
         return msgspec.json.format(body, indent=-1)
     except (ValueError, RecursionError):
-        text = answer.body.decode("utf-8", errors="replace")
+        text = answer.body.decode(errors="replace")
         error = {"message": text, "type": "upstream_error", "param": None, "code": None}
         return msgspec.json.encode({"error": error})
+
+
+def _text(body: bytes) -> bytes:
+    """Return a body with U+FFFD for bytes that are no UTF-8: JSON decoders pass them by, readers of a file do not."""
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return body.decode(errors="replace").encode()
+    return body

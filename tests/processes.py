@@ -1,0 +1,154 @@
+"""Real processes for tests: a server and a scripted engine, started, awaited, killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+START_S = 60.0
+COMMAND = [sys.executable, "-c", "from pronghorn.cli import main; main()"]
+
+
+class Process:
+    """A child that says on stdout when it is ready, and whose log is in a file."""
+
+    def __init__(self, arguments: list[str], log: Path, ready: Callable[[list[str]], bool]) -> None:
+        self._log = log.open("ab")
+        self._child = subprocess.Popen(
+            COMMAND + arguments, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
+        )
+        self.lines: list[str] = []
+        while not ready(self.lines):
+            line = self._child.stdout.readline() if self._child.stdout else ""
+            if not line:
+                status = self._child.wait()
+                raise RuntimeError(f"pronghorn {arguments[0]} ended with {status}: {log.read_text()[-2000:]}")
+            self.lines.append(line.strip())
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._child.kill()
+        self._reap()
+
+    def terminate(self, timeout_s: float = 30.0) -> int:
+        """Ask it to stop and return its exit status."""
+        self._child.send_signal(signal.SIGTERM)
+        status = self._child.wait(timeout_s)
+        self._reap()
+        return status
+
+    def children(self) -> list[tuple[int, str]]:
+        """Return the process ids and command lines of its direct children."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                    if parent == self.pid:
+                        found.append((int(entry.name), (entry / "cmdline").read_text().replace("\0", " ")))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+        return found
+
+    def worker_pid(self) -> int:
+        """Return the process id of its worker."""
+        return next(pid for pid, command in self.children() if "pronghorn.worker" in command)
+
+    def _reap(self) -> None:
+        self._child.wait()
+        if self._child.stdout:
+            self._child.stdout.close()
+        self._log.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child.poll() is None:
+            self.kill()
+        elif not self._log.closed:
+            self._reap()
+
+
+class Server(Process):
+    """`pronghorn serve` on a free port."""
+
+    def __init__(self, data_dir: Path, *arguments: str) -> None:
+        command = ["serve", "--port", "0", "--data-dir", str(data_dir), *arguments]
+        super().__init__(command, data_dir.with_suffix(".log"), lambda lines: len(lines) == 2)
+        values = dict(line.split("=", 1) for line in self.lines)
+        self.base_url = values["BASE_URL"]
+        self.job_id = values["JOB_ID"]
+        self.http = httpx2.Client(base_url=self.base_url, timeout=60)
+
+    def upload(self, content: bytes, filename: str = "input.jsonl") -> str:
+        answer = self.http.post("/v1/files", data={"purpose": "batch"}, files={"file": (filename, content)})
+        answer.raise_for_status()
+        return str(answer.json()["id"])
+
+    def create_batch(self, file_id: str, **fields: Any) -> dict[str, Any]:
+        body = {
+            "input_file_id": file_id,
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "unlimited",
+            "job_id": self.job_id,
+        }
+        answer = self.http.post("/v1/batches", json=body | fields)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def batch(self, batch_id: str) -> dict[str, Any]:
+        return dict(self.http.get(f"/v1/batches/{batch_id}").json())
+
+    def await_batch(
+        self, batch_id: str, until: Callable[[dict[str, Any]], bool] | None = None, timeout_s: float = 60
+    ) -> dict[str, Any]:
+        """Poll until the batch has ended, or until `until` holds; a batch that does not get there fails the test."""
+        ended = ("completed", "failed", "expired", "cancelled")
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            batch = self.batch(batch_id)
+            if until(batch) if until else batch["status"] in ended:
+                return batch
+        raise AssertionError(f"after {timeout_s} s the batch is still {batch}")
+
+    def content(self, file_id: str | None) -> bytes:
+        return b"" if file_id is None else self.http.get(f"/v1/files/{file_id}/content").content
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        super().__exit__(*_)
+
+
+class ScriptedProcess(Process):
+    """`pronghorn engine scripted` on a free port."""
+
+    def __init__(self, log: Path, **settings: object) -> None:
+        flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        super().__init__(["engine", "scripted", *flags], log, lambda lines: len(lines) == 1)
+        self.base_url = self.lines[0]
+
+    def ledger(self) -> dict[str, Any]:
+        origin = self.base_url.removesuffix("/v1")
+        return dict(httpx2.get(f"{origin}/scripted/ledger").json())
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        os.kill(pid, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False
