@@ -1,0 +1,165 @@
+"""The command line, as scripts rely on it: output, exit statuses, going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.faults.test_kill import batch_input
+from tests.processes import COMMAND, ScriptedProcess, Server
+
+import pronghorn
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[ScriptedProcess]:
+    with ScriptedProcess(tmp_path / "engine.log", latency_ms=20) as engine:
+        yield engine
+
+
+def pronghorn_command(*arguments: str | Path, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"HOME": str(home), "XDG_DATA_HOME": str(home / "data"), "COLUMNS": "120"} | environment
+    return subprocess.run(
+        COMMAND + [str(argument) for argument in arguments], capture_output=True, text=True, timeout=60, env=variables
+    )
+
+
+def test_help_answers_at_once_and_names_every_command(tmp_path: Path) -> None:
+    durations = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = pronghorn_command("--help", home=tmp_path)
+        durations.append(time.perf_counter() - start)
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in ("serve", "run", "models", "jobs", "engine"))
+    assert min(durations) < 0.6, "0.3 s is the aim; the rest is for a busy machine"
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = f"import sys; import {pronghorn.__name__}; print(len(sys.modules))"
+    modules = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert modules < 80
+
+
+def test_run_writes_answers_in_input_order_and_exits_0(tmp_path: Path, engine: ScriptedProcess) -> None:
+    (tmp_path / "in.jsonl").write_bytes(batch_input(500))
+    ran = pronghorn_command(
+        "run", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--upstream", engine.base_url, home=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == ""
+    assert "500 of 500 lines succeeded" in ran.stderr
+    ids = [json.loads(line)["custom_id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ids == [f"line-{number}" for number in range(500)]
+    assert not list((tmp_path / "data").rglob("*.db")), "a run that has ended leaves no state behind"
+
+
+def test_run_exits_3_and_keeps_failed_lines_apart(tmp_path: Path, engine: ScriptedProcess) -> None:
+    lines = batch_input(3) + batch_input(1, "[[scripted fault=400 times=always]]").replace(b"line-0", b"bad")
+    (tmp_path / "in.jsonl").write_bytes(lines)
+    command = ("run", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--upstream", engine.base_url)
+    ran = pronghorn_command(*command, "-e", tmp_path / "failed.jsonl", home=tmp_path)
+    assert ran.returncode == 3, ran.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 3
+    failed = json.loads((tmp_path / "failed.jsonl").read_text())
+    assert (failed["custom_id"], failed["response"]["status_code"], failed["error"]) == ("bad", 400, None)
+    without_place = pronghorn_command(*command, home=tmp_path)
+    assert without_place.returncode == 3
+    assert (tmp_path / "out.errors.jsonl").exists(), "failed lines are never dropped"
+
+
+def test_run_exits_2_and_lists_every_bad_line(tmp_path: Path, engine: ScriptedProcess) -> None:
+    (tmp_path / "in.jsonl").write_bytes(batch_input(1) + b"nonsense\n{}\n")
+    ran = pronghorn_command(
+        "run", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--upstream", engine.base_url, home=tmp_path
+    )
+    assert ran.returncode == 2
+    places = re.findall(r"in\.jsonl:(\d+): ", ran.stderr)
+    assert places == ["2", "3", "3", "3", "3"]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("run", "-i", "missing.jsonl", "-o", "out.jsonl"), "there is no file missing.jsonl"),
+        (("serve", "--config", "missing.toml"), "cannot read missing.toml"),
+        (("serve", "--upstream", "ftp://x"), "is not an http:// or https:// URL"),
+        (("serve", "--upstream", "http://user:secret@x"), "holds no user name or password"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_2(tmp_path: Path, arguments: tuple[str, ...], complaint: str) -> None:
+    ran = pronghorn_command(*arguments, home=tmp_path)
+    assert ran.returncode == 2
+    assert complaint in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    assert "secret" not in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    lines = 2000
+    (tmp_path / "in.jsonl").write_bytes(batch_input(lines))
+    with ScriptedProcess(tmp_path / "engine.log", capacity="slots", slots=16, latency_ms=20) as engine:
+        command = ["run", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--upstream", engine.base_url]
+        variables = os.environ | {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
+        first = subprocess.Popen(COMMAND + [str(part) for part in command], stderr=subprocess.PIPE, env=variables)
+        while engine.ledger()["answered_ok"] < 300:
+            assert first.poll() is None
+        first.send_signal(number)
+        _, told = first.communicate(timeout=30)
+        assert first.returncode == (-9 if number is signal.SIGKILL else 1)
+        assert number is signal.SIGKILL or b"the same command goes on from here" in told
+        assert not (tmp_path / "out.jsonl").exists()
+        second = pronghorn_command(*command, home=tmp_path)
+        assert second.returncode == 0, second.stderr
+        ledger = engine.ledger()
+        wasted = ledger["requests"] - lines
+        assert wasted <= (ledger["max_in_flight"] if number is signal.SIGKILL else 0)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == lines
+
+
+def test_jobs_and_models_ask_the_server(tmp_path: Path, engine: ScriptedProcess) -> None:
+    with Server(tmp_path / "data", "--upstream", engine.base_url) as server:
+        made = pronghorn_command("jobs", "create", "nightly", "--base-url", server.base_url, home=tmp_path)
+        job_id = made.stdout.strip()
+        assert re.fullmatch(r"job-\w+", job_id)
+        listed = pronghorn_command("jobs", "list", home=tmp_path, PRONGHORN_BASE_URL=server.base_url)
+        assert all(part in listed.stdout for part in (server.job_id, job_id, "nightly"))
+        models = pronghorn_command("models", "--base-url", server.base_url, home=tmp_path)
+        assert re.search(rf"scripted +{re.escape(engine.base_url)} +ready", models.stdout)
+        assert server.create_batch(server.upload(batch_input(1)), job_id=job_id)["job_id"] == job_id
+
+
+def test_without_a_server_jobs_says_how_to_start_one_and_models_what_one_would_offer(tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9"
+    jobs = pronghorn_command("jobs", "list", "--base-url", nowhere, home=tmp_path)
+    assert jobs.returncode == 1
+    assert jobs.stderr == f"pronghorn: no server answers at {nowhere}; start one with `pronghorn serve`\n"
+    models = pronghorn_command("models", "--base-url", nowhere, home=tmp_path)
+    assert models.returncode == 0
+    assert "smollm2-135m" in models.stdout
+
+
+def test_a_data_directory_belongs_to_one_server(tmp_path: Path, engine: ScriptedProcess) -> None:
+    with Server(tmp_path / "data", "--upstream", engine.base_url):
+        second = pronghorn_command(
+            "serve", "--port", "0", "--data-dir", tmp_path / "data", "--upstream", engine.base_url, home=tmp_path
+        )
+    assert second.returncode == 2
+    assert "is in use by another pronghorn" in second.stderr
+
+
+def test_the_job_is_made_at_the_first_start_and_kept(tmp_path: Path, engine: ScriptedProcess) -> None:
+    with Server(tmp_path / "data", "--upstream", engine.base_url) as first:
+        assert first.terminate() == 0
+    with Server(tmp_path / "data", "--upstream", engine.base_url) as second:
+        assert second.job_id == first.job_id
