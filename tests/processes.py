@@ -14,6 +14,8 @@ from typing import Any
 import httpx2
 
 START_S = 60.0
+# Often enough to be quick, seldom enough to leave the processor to what is being awaited.
+POLL_S = 0.05
 COMMAND = [sys.executable, "-c", "from pronghorn.cli import main; main()"]
 
 
@@ -63,8 +65,13 @@ class Process:
         return found
 
     def worker_pid(self) -> int:
-        """Return the process id of its worker."""
-        return next(pid for pid, command in self.children() if "pronghorn.worker" in command)
+        """Return the process id of its worker, after waiting for one that is just being replaced."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            for pid, command in self.children():
+                if "pronghorn.worker" in command and alive(pid):
+                    return pid
+        raise AssertionError("there is no worker")
 
     def _reap(self) -> None:
         self._child.wait()
@@ -122,6 +129,7 @@ class Server(Process):
             batch = self.batch(batch_id)
             if until(batch) if until else batch["status"] in ended:
                 return batch
+            time.sleep(POLL_S)
         raise AssertionError(f"after {timeout_s} s the batch is still {batch}")
 
     def content(self, file_id: str | None) -> bytes:

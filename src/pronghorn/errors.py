@@ -4,8 +4,13 @@ PronghornError
 ├── RequestError            a client's request cannot be served; carries OpenAI's envelope and its HTTP status
 │   ├── InvalidRequest      400
 │   ├── NotFound            404
+│   ├── SlowBody            408
 │   ├── Conflict            409
 │   ├── TooLarge            413
+│   ├── TooManyRequests     429
+│   ├── EngineFailed        502
+│   ├── EngineUnreachable   503
+│   ├── EngineTimedOut      504
 │   └── OutOfSpace          507
 ├── UsageError              a command or a setting is wrong; one line on stderr, exit status 2
 ├── EngineError             an engine cannot be started or reached
@@ -18,6 +23,7 @@ PronghornError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 
@@ -30,6 +36,7 @@ class RequestError(PronghornError):
 
     status = 400
     type = "invalid_request_error"
+    headers: Mapping[str, str] = {}
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -48,16 +55,55 @@ class NotFound(RequestError):
     status = 404
 
 
+class SlowBody(RequestError):
+    """The request's body does not arrive."""
+
+    status = 408
+
+
 class Conflict(RequestError):
     """What the request names is in a state that forbids it."""
 
     status = 409
+    # The official client repeats a 409 unless it is told that nothing will change.
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
 
 
 class TooLarge(RequestError):
     """The request's body is above a limit."""
 
     status = 413
+
+
+class TooManyRequests(RequestError):
+    """The server has all the live requests that it takes at once."""
+
+    status = 429
+    type = "requests"
+    headers: Mapping[str, str] = {"retry-after": "1"}
+
+
+class EngineFailed(RequestError):
+    """The engine took a live request and gave no whole answer."""
+
+    status = 502
+    type = "server_error"
+
+
+class EngineUnreachable(RequestError):
+    """No engine that could answer a live request accepts a connection."""
+
+    status = 503
+    type = "server_error"
+    # About as long as an engine takes to be restarted, or to be found gone.
+    headers: Mapping[str, str] = {"retry-after": "5"}
+
+
+class EngineTimedOut(RequestError):
+    """The engine took a live request and was silent for too long."""
+
+    status = 504
+    type = "server_error"
 
 
 class OutOfSpace(RequestError):

@@ -73,8 +73,8 @@ def test_a_batch_is_cancelled_while_its_engine_is_down(tmp_path: Path, engine: S
         batch_id = server.create_batch(server.upload(batch_input(LINES)))["id"]
         server.await_batch(batch_id, some_completed)
         engine.kill()
-        waiting = server.await_batch(batch_id, lambda batch: batch["status_reason"] is not None)
-        assert "refused" in waiting["status_reason"]
+        waiting = server.await_batch(batch_id, lambda batch: (batch["progress"] or {}).get("reason") is not None)
+        assert "refused" in waiting["progress"]["reason"]
         server.http.post(f"/v1/batches/{batch_id}/cancel")
         batch = server.await_batch(batch_id)
         assert batch["status"] == "cancelled"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -39,17 +40,16 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _bug)
 
 
-def envelope(error: RequestError, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return the answer for an error."""
+def envelope(error: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """Return the answer for an error, with its own headers and those given."""
     body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return JSONResponse({"error": body}, status_code=error.status, headers=headers)
+    return JSONResponse({"error": body}, status_code=error.status, headers={**error.headers, **(headers or {})})
 
 
 async def _request_error(_: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RequestError):
         raise error
-    # The official client repeats a 409; one that will not change must say so.
-    return envelope(error, {"x-should-retry": "false"} if error.status == 409 else None)
+    return envelope(error)
 
 
 async def _validation_error(_: Request, error: Exception) -> JSONResponse:
@@ -69,7 +69,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     else:
         fault = RequestError(str(error.detail))
     fault.status = error.status_code
-    return envelope(fault, dict(error.headers or {}))
+    return envelope(fault, error.headers)
 
 
 async def _os_error(request: Request, error: Exception) -> JSONResponse:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
-from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, Tally
+from pronghorn.domain.causes import Cause
+from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, OnInvalid, Tally
 from pronghorn.engines.base import ModelInfo
 from pronghorn.limits import METADATA_KEY_CHARS_MAX, METADATA_PAIRS_MAX, METADATA_VALUE_CHARS_MAX
 
@@ -92,8 +93,29 @@ class BatchUsage(BaseModel):
     total_tokens: int
 
 
+class BatchProgress(BaseModel):
+    """An extension: how fast a running batch moves, when it should end, and why it stands still if it does."""
+
+    lines_per_second: float | None
+    tokens_per_second: float | None
+    eta_seconds_min: float | None
+    eta_seconds_max: float | None
+    reason: str | None
+    stalled_since: int | None
+
+
+class ErrorCause(BaseModel):
+    """An extension: lines that failed alike, with up to five of their custom_ids."""
+
+    status_code: int | None
+    code: str | None
+    message: str | None
+    count: int
+    sample_custom_ids: list[str | None]
+
+
 class BatchObject(BaseModel):
-    """A batch: OpenAI's object and the job it runs under."""
+    """A batch: OpenAI's object, the job it runs under, and our extensions."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -118,7 +140,10 @@ class BatchObject(BaseModel):
     usage: BatchUsage
     metadata: dict[str, str] | None
     job_id: str
-    status_reason: str | None
+    on_invalid: OnInvalid
+    retry_of: str | None
+    progress: BatchProgress | None
+    error_summary: list[ErrorCause] | None
 
 
 class BatchList(BaseModel):
@@ -167,6 +192,36 @@ class JobList(BaseModel):
     data: list[JobObject]
 
 
+class FileList(BaseModel):
+    """One page of files."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(BaseModel):
+    """A file that is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class BatchCheck(BaseModel):
+    """What a batch would be: every problem of its input, and what there is to run. Nothing has been started."""
+
+    object: Literal["batch.check"] = "batch.check"
+    valid: bool
+    lines: int
+    errors: BatchProblems
+    models: dict[str, int]
+    duplicate_bodies: int
+    estimated_prompt_tokens: int
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -178,6 +233,13 @@ class CreateJob(_Request):
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+class ExpiresAfter(_Request):
+    """When a file goes: so many seconds after it was created."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2592000)]
+
+
 class CreateBatch(_Request):
     """A new batch."""
 
@@ -186,6 +248,8 @@ class CreateBatch(_Request):
     completion_window: str
     job_id: str | None = None
     metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None
+    on_invalid: Annotated[Literal["fail", "skip"], Field(description="What bad lines do to the batch.")] = "fail"
 
     @field_validator("input_file_id")
     @classmethod
@@ -228,10 +292,29 @@ class CreateBatch(_Request):
         check_metadata(value or {})
         return value
 
+    @field_validator("on_invalid", mode="before")
+    @classmethod
+    def _is_policy(cls, value: object) -> object:
+        if isinstance(value, str) and value not in ("fail", "skip"):
+            raise PydanticCustomError(
+                "invalid_value", "Invalid value: '{value}'. Supported values are: 'fail' and 'skip'.", {"value": value}
+            )
+        return value
+
     @property
     def window_s(self) -> int | None:
         """The completion window in seconds, or None for no end."""
         return None if self.completion_window == UNLIMITED else _window_seconds(self.completion_window)
+
+
+class RetryBatch(_Request):
+    """Which failed lines of an ended batch to run again, and what to change in their bodies; null removes a field."""
+
+    codes: list[str] = []
+    status_codes: list[int] = []
+    overrides: dict[str, Any] = {}
+    completion_window: str | None = None
+    metadata: dict[str, str] | None = None
 
 
 def check_metadata(metadata: dict[str, str]) -> None:
@@ -290,9 +373,17 @@ def batch_object(batch: Batch) -> BatchObject:
         usage=_usage(batch.tally),
         metadata=batch.metadata,
         job_id=batch.job_id,
-        status_reason=batch.reason,
+        on_invalid=batch.on_invalid,
+        retry_of=batch.retry_of,
+        progress=None if batch.progress is None else BatchProgress(**msgspec.structs.asdict(batch.progress)),
+        error_summary=None if batch.causes is None else [error_cause(cause) for cause in batch.causes],
         **msgspec.structs.asdict(batch.stamps),
     )
+
+
+def error_cause(cause: Cause) -> ErrorCause:
+    """Return one entry of an error summary as it goes on the wire."""
+    return ErrorCause(**msgspec.structs.asdict(cause))
 
 
 def model_object(model: ModelInfo, created: int) -> ModelObject:

@@ -215,7 +215,7 @@ class _Bar:
             total=batch.total or None,
             completed=batch.tally.lines,
             rates=self._rates(batch.tally.lines, tokens, now),
-            reason=batch.reason or "",
+            reason=(batch.progress and batch.progress.reason) or "",
         )
 
     def _rates(self, lines: int, tokens: int, now: float) -> str:

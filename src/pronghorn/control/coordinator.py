@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pronghorn.clock import Clock
@@ -16,13 +16,14 @@ from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Rout
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
 from pronghorn.domain.fairness import Candidate, FairShare
-from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, ShardKey, Tally
+from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, Progress, ShardKey, Tally
+from pronghorn.domain.progress import Pace
 from pronghorn.engines.base import EnginePool
 from pronghorn.errors import Fenced
 from pronghorn.executors.base import Executor
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
-from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Progress, Ready, Report, Sent
+from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Moved, Ready, Report, Sent
 
 log = logging.getLogger("pronghorn.coordinator")
 
@@ -30,6 +31,9 @@ log = logging.getLogger("pronghorn.coordinator")
 TICK_S = 0.5
 # Shards with unsent lines that a worker holds for one set of replicas: one being sent, one ready behind it.
 UNSENT_SHARDS_MAX = 2
+# How often a batch's counts are written while it runs, and after how long without one it is said to stand still.
+SHOW_INTERVAL_S = 0.5
+STALLED_S = 10.0
 # A shard that the disk refused is not handed out again at once.
 BROKEN_WAIT_S = 5.0
 
@@ -43,11 +47,13 @@ class _Open:
     blobs: list[BlobRef]
     done: Tally
     unfinished: int
+    pace: Pace
     live: dict[ShardKey, Tally] = field(default_factory=dict)
     waiting: bool = True
     held_until: float = 0.0
     broken: str | None = None
-    shown: tuple[Tally, str | None] = (Tally(), None)
+    shown: tuple[Tally, Progress | None] = (Tally(), None)
+    shown_at: float = float("-inf")
 
     @property
     def tally(self) -> Tally:
@@ -89,6 +95,11 @@ class Coordinator:
     def wake(self) -> None:
         """Look for new work now rather than at the next tick."""
         self._events.put_nowait(None)
+
+    def leave_room(self, live: Mapping[str, int]) -> None:
+        """Make the workers leave room for so many live requests at each replica, by base URL."""
+        for member in self._crew:
+            member.leave_room(live)
 
     def stop(self, drain_s: float) -> None:
         """Send no further line, let those in flight finish for up to `drain_s`, and make `run` return."""
@@ -146,7 +157,7 @@ class Coordinator:
             case Sent(key, epoch):
                 if (held := member.held.get(key)) and held.epoch == epoch:
                     held.sent = True
-            case Progress(shards, paused):
+            case Moved(shards, paused):
                 self._paused[member] = paused
                 for shard in shards:
                     held = member.held.get(shard.key)
@@ -244,7 +255,8 @@ class Coordinator:
             job = await self._metadata.job(batch.job_id, batch.account_id)
             blobs = await self._metadata.file_blobs(batch.input_file_id)
             weight = job or Job(batch.job_id, batch.account_id, "", 1, 0)
-            self._open[batch.id] = _Open(batch, weight, blobs, done, unfinished)
+            pace = Pace(self._clock.monotonic(), done.lines, _tokens(done))
+            self._open[batch.id] = _Open(batch, weight, blobs, done, unfinished, pace)
         return self._open[batch.id]
 
     def _close(self, batch: Batch, closing: Closing) -> None:
@@ -306,23 +318,54 @@ class Coordinator:
 
     # What people see
 
-    async def _show_progress(self, batch: _Open) -> None:
-        tally = batch.tally.at_least(batch.batch.tally)
-        reason = self._reason(batch)
-        if (tally, reason) != batch.shown:
-            batch.shown = tally, reason
-            await self._metadata.record_progress(batch.batch.id, tally, reason)
+    async def _show_progress(self, opened: _Open) -> None:
+        now = self._clock.monotonic()
+        if now - opened.shown_at < SHOW_INTERVAL_S:
+            return
+        batch, tally = opened.batch, opened.tally.at_least(opened.batch.tally)
+        opened.pace.note(now, tally.lines, _tokens(tally))
+        progress = self._progress(opened, now, tally)
+        if (tally, progress) != opened.shown:
+            opened.shown, opened.shown_at = (tally, progress), now
+            await self._metadata.record_progress(batch.id, tally, progress)
 
-    def _reason(self, batch: _Open) -> str | None:
+    def _progress(self, opened: _Open, now: float, tally: Tally) -> Progress:
+        speed = opened.pace.speed(opened.batch.total - tally.lines)
+        reason = self._reason(opened, now)
+        since = int(self._clock.now() - (now - opened.pace.moved_at)) if reason else None
+        if speed is None:
+            return Progress(reason=reason, stalled_since=since)
+        return Progress(
+            lines_per_second=round(speed.lines_per_s, 2),
+            tokens_per_second=round(speed.tokens_per_s, 1),
+            eta_seconds_min=None if speed.eta_s_min is None else round(speed.eta_s_min),
+            eta_seconds_max=None if speed.eta_s_max is None else round(speed.eta_s_max),
+            reason=reason,
+            stalled_since=since,
+        )
+
+    def _reason(self, opened: _Open, now: float) -> str | None:
         """Say why a batch does not move, or None while it does."""
-        if batch.broken is not None:
-            return batch.broken
-        route = self._route(batch.batch)
+        if opened.broken is not None:
+            return opened.broken
+        batch, route = opened.batch, self._route(opened.batch)
         if not route:
-            return f"no engine answers model '{batch.batch.model}' at present"
+            return f"no engine answers model '{batch.model}' at present"
         paused = {url: reason for reasons in self._paused.values() for url, reason in reasons.items()}
         reasons = [paused[url] for url in route if url in paused]
-        return "; ".join(reasons) if len(reasons) == len(route) else None
+        if len(reasons) == len(route):
+            return "; ".join(reasons)
+        if now - opened.pace.moved_at < STALLED_S:
+            return None
+        running = sum(key.batch_id == batch.id for member in self._crew for key in member.held)
+        if not running:
+            others = {key.batch_id for member in self._crew for key, held in member.held.items() if held.route == route}
+            return f"waiting behind {len(others)} other batches on the same engine"
+        return f"lines are with the engine ({', '.join(route)}), which has not answered one for {STALLED_S:.0f} s"
+
+
+def _tokens(tally: Tally) -> int:
+    return tally.usage.input_tokens + tally.usage.output_tokens
 
 
 def _candidate(batch: _Open) -> Candidate:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pronghorn.domain.model import Replica, ShardKey
 from pronghorn.executors.base import Executor, WorkerLink
-from pronghorn.worker.protocol import Configure, Order, Ready, Report, Stop, UseReplicas
+from pronghorn.worker.protocol import Configure, LeaveRoom, Order, Ready, Report, Stop, UseReplicas
 
 log = logging.getLogger("pronghorn.crew")
 
@@ -62,6 +62,7 @@ class CrewMember:
         self._replicas = replicas
         self._post = post
         self._link: WorkerLink | None = None
+        self._live: dict[str, int] = {}
         self._stopping = asyncio.Event()
         self.ready = False
         self.held: dict[ShardKey, Held] = {}
@@ -85,6 +86,11 @@ class CrewMember:
         """Tell the worker what the engines are now."""
         self.send(UseReplicas(self._replicas()))
 
+    def leave_room(self, live: Mapping[str, int]) -> None:
+        """Tell the worker, and any that follows it, how many live requests to leave room for."""
+        self._live = dict(live)
+        self.send(LeaveRoom(self._live))
+
     def stop(self, drain_s: float) -> None:
         """Ask the worker to finish what is in flight and go; `run` then returns."""
         self._stopping.set()
@@ -102,6 +108,7 @@ class CrewMember:
         try:
             link.send(self._configure)
             link.send(UseReplicas(self._replicas()))
+            link.send(LeaveRoom(self._live))
             if self._stopping.is_set():
                 link.send(Stop(0))
             async for report in link.reports():

@@ -44,7 +44,7 @@ class Planner:
         now = self._clock.now()
         try:
             if isinstance(outcome, Plan):
-                await self._metadata.start_batch(batch, outcome.shards, outcome.lines, outcome.model, now)
+                await self._metadata.start_batch(batch, outcome, now)
             else:
                 await self._metadata.advance(batch, BatchStatus.FAILED, now, problems=_on_the_wire(outcome))
         except Fenced:

@@ -6,6 +6,8 @@ import enum
 
 import msgspec
 
+from pronghorn.domain.causes import Cause
+
 # Every row names its account; until there are several, this is the one.
 DEFAULT_ACCOUNT = "org-default"
 
@@ -145,11 +147,30 @@ class BatchStamps(msgspec.Struct, frozen=True):
     cancelled_at: int | None = None
 
 
+class OnInvalid(enum.StrEnum):
+    """What bad lines do to their batch: fail it, or go to its error file while the others run."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How fast a batch moves and when it should end, by measurement; why it stands still, and since when."""
+
+    lines_per_second: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds_min: float | None = None
+    eta_seconds_max: float | None = None
+    reason: str | None = None
+    stalled_since: int | None = None
+
+
 class Batch(msgspec.Struct, frozen=True):
     """One run of a file's lines against one endpoint.
 
-    `order` grows with creation and breaks ties between equal seconds. `expires_at` is Unix seconds, or None for
-    the window "unlimited". `problems` is the JSON array of what validation found, as it goes on the wire.
+    `order` grows with creation and breaks ties between equal seconds. `expires_at` is Unix seconds, or None for the
+    window "unlimited". `problems` is the JSON array of what validation found, as it goes on the wire; `causes` is why
+    lines failed, known at the end. `retry_of` is the batch whose failed lines these are.
     """
 
     id: str
@@ -170,7 +191,11 @@ class Batch(msgspec.Struct, frozen=True):
     error_file_id: str | None = None
     total: int = 0
     tally: Tally = Tally()
-    reason: str | None = None
+    progress: Progress | None = None
+    causes: list[Cause] | None = None
+    on_invalid: OnInvalid = OnInvalid.FAIL
+    retry_of: str | None = None
+    output_expires_after_s: int | None = None
 
 
 class ShardKey(msgspec.Struct, frozen=True):
@@ -180,10 +205,19 @@ class ShardKey(msgspec.Struct, frozen=True):
     position: int
 
 
+class Reject(msgspec.Struct, frozen=True):
+    """An input line that is not run because it is invalid: its 1-based number, and what is wrong with it."""
+
+    line: int
+    code: str
+    message: str
+
+
 class Shard(msgspec.Struct, frozen=True):
     """A run of whole lines: `first_line` is 1-based and physical, `lines` counts the non-blank ones.
 
-    `offset` and `bytes` are in the input file. `epoch` fences: a commit of an earlier one is refused.
+    `offset` and `bytes` are in the input file. `epoch` fences: a commit of an earlier one is refused. `rejects` are
+    lines among them that go to the error file unsent.
     """
 
     key: ShardKey
@@ -193,27 +227,31 @@ class Shard(msgspec.Struct, frozen=True):
     bytes: int
     state: ShardState = ShardState.PENDING
     epoch: int = 0
+    rejects: list[Reject] = []
 
 
 class ShardResult(msgspec.Struct, frozen=True):
-    """What a finished shard leaves: its parts of the output and error files, in input order, and the counts."""
+    """What a finished shard leaves: its parts of the output and error files, in input order, counts and causes."""
 
     output: BlobRef | None
     errors: BlobRef | None
     tally: Tally
+    causes: list[Cause]
 
 
 class Replica(msgspec.Struct, frozen=True):
     """One base URL that answers lines, ending in `/v1`.
 
     `models` is None when the server has no list of its own: then any name is sent on. `window` is the number of lines
-    it runs at once, or None when that has to be found. Its key is in the environment variable `api_key_env`.
+    to send it at once, or None when that has to be found; `slots` is how many of them it runs, the rest being queued,
+    or None when that is not known. Its key is in the environment variable `api_key_env`.
     """
 
     base_url: str
     endpoints: tuple[Endpoint, ...] = tuple(Endpoint)
     models: tuple[str, ...] | None = None
     window: int | None = None
+    slots: int | None = None
     api_key_env: str | None = None
 
     def answers(self, endpoint: Endpoint, model: str) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import heapq
 import tempfile
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import IO, Annotated, NamedTuple
 
 import msgspec
 
 from pronghorn.domain import validation
+from pronghorn.domain.model import OnInvalid, Reject
 from pronghorn.domain.validation import Problem, Rules
 from pronghorn.limits import (
     CUSTOM_ID_CHARS_MAX,
@@ -44,7 +46,7 @@ class RawLine(NamedTuple):
 
 
 class PlannedShard(NamedTuple):
-    """A run of whole lines of the input file; `lines` counts the non-blank ones."""
+    """A run of whole lines of the input file, from one that is not blank to another; `lines` counts such lines."""
 
     first_line: int
     lines: int
@@ -53,11 +55,23 @@ class PlannedShard(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A file whose every line can run: its shards in order, and the one model its lines name."""
+    """A file that can run: its shards in order, the one model its lines name, and the bad lines that are skipped."""
 
     shards: list[PlannedShard]
     lines: int
     model: str
+    skipped: list[Problem]
+
+    def shards_with_rejects(self) -> Iterator[tuple[PlannedShard, list[Reject]]]:
+        """Yield each shard with its lines that are not to be sent, one entry a line."""
+        skipped = deque(self.skipped)
+        for shard, following in zip_longest(self.shards, self.shards[1:]):
+            rejects: list[Reject] = []
+            while skipped and (following is None or (skipped[0].line or 0) < following.first_line):
+                problem = skipped.popleft()
+                if not rejects or rejects[-1].line != problem.line:
+                    rejects.append(Reject(problem.line or 0, problem.code, problem.message))
+            yield shard, rejects
 
 
 class Rejection(NamedTuple):
@@ -132,9 +146,14 @@ def split_lines(chunks: Iterable[bytes], *, line_bytes_max: int) -> Iterator[Raw
 
 
 def plan_file(
-    open_chunks: Callable[[], Iterable[bytes]], file_bytes: int, rules: Rules, *, line_bytes_max: int
+    open_chunks: Callable[[], Iterable[bytes]],
+    file_bytes: int,
+    rules: Rules,
+    *,
+    line_bytes_max: int,
+    on_invalid: OnInvalid = OnInvalid.FAIL,
 ) -> Plan | Rejection:
-    """Check every line and cut shards, or list every problem.
+    """Check every line and cut shards, or list every problem; with `skip`, bad lines fail alone.
 
     `open_chunks` starts a fresh read of the file; it is called again only to name the lines of duplicates.
     """
@@ -146,7 +165,6 @@ def plan_file(
         for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
             content = line.content
             if content == b"":
-                shards.add_blank(line)
                 continue
             shards.add(line)
             found: list[Problem] = []
@@ -172,13 +190,13 @@ def plan_file(
         problems, unlisted = list(islice(merged, LINE_PROBLEMS_MAX)), unlisted + sum(1 for _ in merged)
     if not shards.lines:
         problems = [validation.empty_file()]
-    if problems or model is None:
+    if model is None or unlisted or (problems and on_invalid is OnInvalid.FAIL):
         return Rejection(problems, unlisted)
-    return Plan(shards.finish(), shards.lines, model)
+    return Plan(shards.finish(), shards.lines, model, problems)
 
 
 class _ShardCutter:
-    """Gathers lines into shards of a size that suits the file's."""
+    """Gathers lines that are not blank into shards of a size that suits the file's."""
 
     def __init__(self, file_bytes: int) -> None:
         aim = file_bytes // SHARDS_PER_BATCH_AIM
@@ -187,21 +205,18 @@ class _ShardCutter:
         self._first_line = 0
         self._offset = 0
         self._lines = 0
-        self._bytes = 0
+        self._end = 0
         self.lines = 0
 
     def add(self, line: RawLine) -> None:
-        if self._lines and (self._lines == SHARD_LINES_MAX or self._bytes + line.length > self._bytes_max):
+        end = line.offset + line.length
+        if self._lines and (self._lines == SHARD_LINES_MAX or end - self._offset > self._bytes_max):
             self._cut()
         if not self._lines:
             self._first_line, self._offset = line.number, line.offset
         self._lines += 1
-        self._bytes += line.length
+        self._end = end
         self.lines += 1
-
-    def add_blank(self, line: RawLine) -> None:
-        if self._lines:
-            self._bytes += line.length
 
     def finish(self) -> list[PlannedShard]:
         if self._lines:
@@ -209,8 +224,8 @@ class _ShardCutter:
         return self._done
 
     def _cut(self) -> None:
-        self._done.append(PlannedShard(self._first_line, self._lines, self._offset, self._bytes))
-        self._lines = self._bytes = 0
+        self._done.append(PlannedShard(self._first_line, self._lines, self._offset, self._end - self._offset))
+        self._lines = 0
 
 
 class _IdOnly(msgspec.Struct):

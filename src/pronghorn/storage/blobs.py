@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pronghorn.domain.model import BlobRef
 from pronghorn.errors import NotStored
 from pronghorn.limits import FILE_CHUNK_BYTES
 
+_UNFINISHED = ".part"
+
 
 class BlobWriter:
     """One blob being written: nothing is under its key until `commit` returns, and then it survives a power cut.
@@ -25,7 +28,7 @@ class BlobWriter:
     def __init__(self, path: Path) -> None:
         make_directory(path.parent)
         self._path = path
-        self._unfinished = path.with_name(path.name + ".part")
+        self._unfinished = path.with_name(path.name + _UNFINISHED)
         self._file: BinaryIO = self._unfinished.open("wb", buffering=FILE_CHUNK_BYTES)
         self.bytes = 0
 
@@ -83,11 +86,10 @@ class Blobs:
                 raise NotStored(f"stored file {key} is gone") from error
 
     async def delete(self, key: str) -> None:
-        """Remove a blob; one that is not there is already removed."""
-        try:
-            await obstore.delete_async(self._store, key)
-        except FileNotFoundError:
-            return
+        """Remove a blob and what an interrupted writer left of it; what is not there is already removed."""
+        for name in (key, key + _UNFINISHED):
+            with contextlib.suppress(FileNotFoundError):
+                await obstore.delete_async(self._store, name)
 
 
 def make_directory(directory: Path) -> None:

@@ -6,12 +6,13 @@ Every state change is a compare-and-set whose row count is checked: an UPDATE na
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
 
+from pronghorn.domain.causes import Cause, merge
 from pronghorn.domain.lifecycle import TERMINAL, may_follow, stamp_of
 from pronghorn.domain.model import (
     Batch,
@@ -22,6 +23,9 @@ from pronghorn.domain.model import (
     Endpoint,
     File,
     Job,
+    OnInvalid,
+    Progress,
+    Reject,
     Shard,
     ShardKey,
     ShardResult,
@@ -29,10 +33,11 @@ from pronghorn.domain.model import (
     Tally,
     Usage,
 )
-from pronghorn.domain.planning import PlannedShard
+from pronghorn.domain.planning import Plan
 from pronghorn.errors import Fenced, invariant
 from pronghorn.storage.database import Database
 from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
+from pronghorn.storage.webhooks import enqueue_event
 
 # Rows in one INSERT; SQLite allows 32,766 variables a statement.
 INSERT_ROWS_MAX = 2000
@@ -125,6 +130,9 @@ class Metadata:
             "created_at": batch.stamps.created_at,
             "expires_at": batch.expires_at,
             "metadata": None if batch.metadata is None else msgspec.json.encode(batch.metadata).decode(),
+            "on_invalid": batch.on_invalid.value,
+            "retry_of": batch.retry_of,
+            "output_expires_after_s": batch.output_expires_after_s,
         }
         statement = batches.insert().values(**values).returning(batches.c.order)
         order = await self._database.write(lambda c: c.execute(statement).scalar_one())
@@ -180,14 +188,20 @@ class Metadata:
         invariant(moved is not None, "a batch that was just moved is there")
         return moved  # type: ignore[return-value]
 
-    async def start_batch(self, batch: Batch, plan: Iterable[PlannedShard], total: int, model: str, now: int) -> None:
+    async def start_batch(self, batch: Batch, plan: Plan, now: int) -> None:
         """Store a validated batch's shards and move it to in_progress, in one transaction."""
 
         def write(connection: sa.Connection) -> None:
-            _advance(connection, batch, BatchStatus.IN_PROGRESS, now, total=total, model=model)
+            _advance(connection, batch, BatchStatus.IN_PROGRESS, now, total=plan.lines, model=plan.model)
             rows = [
-                {"batch_id": batch.id, "position": position, "state": ShardState.PENDING.value, **shard._asdict()}
-                for position, shard in enumerate(plan)
+                {
+                    "batch_id": batch.id,
+                    "position": position,
+                    "state": ShardState.PENDING.value,
+                    "rejects": msgspec.json.encode(rejects) if rejects else None,
+                    **shard._asdict(),
+                }
+                for position, (shard, rejects) in enumerate(plan.shards_with_rejects())
             ]
             for start in range(0, len(rows), INSERT_ROWS_MAX):
                 connection.execute(shards.insert(), rows[start : start + INSERT_ROWS_MAX])
@@ -213,13 +227,14 @@ class Metadata:
                 _file_of_parts(connection, errors, batch.id, shards.c.error_key, shards.c.error_bytes)
                 file_ids["error_file_id"] = errors.id
             tally = {name: done[name] for name in _TALLY_COLUMNS}
-            _advance(connection, batch, status, now, reason=None, **file_ids, **tally)
+            found = msgspec.json.encode(_causes(connection, batch.id))
+            _advance(connection, batch, status, now, progress=None, causes=found, **file_ids, **tally)
 
         await self._database.write(write)
 
-    async def record_progress(self, batch_id: str, tally: Tally, reason: str | None) -> None:
-        """Show how far a running batch is, and why it does not move if it does not."""
-        values = {**_tally_values(tally), "reason": reason}
+    async def record_progress(self, batch_id: str, tally: Tally, progress: Progress) -> None:
+        """Show how far a running batch is, how fast it moves, and why it does not if it does not."""
+        values = {**_tally_values(tally), "progress": msgspec.json.encode(progress)}
         running = [BatchStatus.IN_PROGRESS.value, BatchStatus.FINALIZING.value, BatchStatus.CANCELLING.value]
         statement = batches.update().where(batches.c.id == batch_id, batches.c.status.in_(running)).values(**values)
         await self._database.write(lambda c: c.execute(statement))
@@ -268,6 +283,7 @@ class Metadata:
             "output_bytes": result.output.bytes if result.output else None,
             "error_key": result.errors.key if result.errors else None,
             "error_bytes": result.errors.bytes if result.errors else None,
+            "causes": msgspec.json.encode(result.causes) if result.causes else None,
             **_tally_values(result.tally),
         }
 
@@ -305,6 +321,7 @@ def _advance(connection: sa.Connection, batch: Batch, status: BatchStatus, now: 
     values |= {"status": status.value, stamp_of(status): now}
     if connection.execute(batches.update().where(*expected).values(**values)).rowcount != 1:
         raise Fenced(f"{batch.id} is no longer {batch.status}")
+    enqueue_event(connection, batch, status, now)
 
 
 def _held(key: ShardKey, epoch: int) -> tuple[sa.ColumnElement[bool], ...]:
@@ -363,6 +380,7 @@ def _shard(row: sa.RowMapping) -> Shard:
         bytes=row["bytes"],
         state=ShardState(row["state"]),
         epoch=row["epoch"],
+        rejects=_decoded(row["rejects"], list[Reject]) or [],
     )
 
 
@@ -386,5 +404,19 @@ def _batch(row: sa.RowMapping) -> Batch:
         error_file_id=row["error_file_id"],
         total=row["total"],
         tally=_tally(row),
-        reason=row["reason"],
+        progress=_decoded(row["progress"], Progress),
+        causes=_decoded(row["causes"], list[Cause]),
+        on_invalid=OnInvalid(row["on_invalid"]),
+        retry_of=row["retry_of"],
+        output_expires_after_s=row["output_expires_after_s"],
     )
+
+
+def _decoded(value: bytes | None, kind: Any) -> Any:
+    return None if value is None else msgspec.json.decode(value, type=kind)
+
+
+def _causes(connection: sa.Connection, batch_id: str) -> list[Cause]:
+    query = sa.select(shards.c.causes).where(shards.c.batch_id == batch_id, shards.c.causes.is_not(None))
+    found = connection.scalars(query.order_by(shards.c.position))
+    return merge(cause for causes in found for cause in _decoded(causes, list[Cause]))

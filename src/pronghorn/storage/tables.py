@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -15,9 +17,12 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 from pronghorn.domain.model import BatchStatus, Closing, Endpoint, ShardState
+from pronghorn.domain.uploads import UploadStatus
+from pronghorn.domain.webhooks import DeliveryState
 
 # SQLite only counts up an INTEGER PRIMARY KEY; PostgreSQL needs the wider type.
 Order = BigInteger().with_variant(Integer, "sqlite")
@@ -33,7 +38,7 @@ metadata = MetaData(
 )
 
 
-def _one_of(column: str, values: type[BatchStatus | Closing | Endpoint | ShardState]) -> CheckConstraint:
+def _one_of(column: str, values: type[enum.StrEnum]) -> CheckConstraint:
     allowed = ", ".join(f"'{value.value}'" for value in values)
     return CheckConstraint(f"{column} IN ({allowed})", name=column)
 
@@ -101,6 +106,13 @@ file_blobs = Table(
     PrimaryKeyConstraint("file_id", "position"),
 )
 
+# Blobs that no file names any more: they are removed from storage, then from here, so a crash forgets none.
+blob_removals = Table(
+    "blob_removals",
+    metadata,
+    Column("key", Text, primary_key=True),
+)
+
 batches = Table(
     "batches",
     metadata,
@@ -125,16 +137,24 @@ batches = Table(
     Column("metadata", Text),
     Column("model", Text),
     Column("problems", LargeBinary),
+    Column("on_invalid", String(8), nullable=False, server_default="fail"),
+    Column("retry_of", String(64)),
+    Column("output_expires_after_s", BigInteger),
+    Column("idempotency_key", String(256)),
+    Column("idempotency_digest", LargeBinary),
     Column("output_file_id", String(64)),
     Column("error_file_id", String(64)),
     _count("total"),
     *_tally(),
-    Column("reason", Text),
+    Column("progress", LargeBinary),
+    Column("causes", LargeBinary),
     _one_of("status", BatchStatus),
     _one_of("closing", Closing),
     _one_of("endpoint", Endpoint),
     Index(None, "account_id", "order"),
     Index(None, "status"),
+    Index(None, "input_file_id"),
+    UniqueConstraint("account_id", "idempotency_key"),
     sqlite_autoincrement=True,
 )
 
@@ -154,7 +174,84 @@ shards = Table(
     Column("error_key", Text),
     Column("error_bytes", BigInteger),
     *_tally(),
+    Column("rejects", LargeBinary),
+    Column("causes", LargeBinary),
     PrimaryKeyConstraint("batch_id", "position"),
     _one_of("state", ShardState),
     Index(None, "state", "batch_id", "position"),
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("order", Order, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event_types", Text, nullable=False),
+    Column("secret", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("old_secret", Text),
+    Column("old_secret_until", BigInteger),
+    Column("held_until", BigInteger),
+    Column("disabled_at", BigInteger),
+    Index(None, "account_id", "order"),
+    sqlite_autoincrement=True,
+)
+
+# An event waits here from the transaction that ends its batch until its receiver has it.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("order", Order, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("endpoint_id", ForeignKey("webhook_endpoints.id"), nullable=False),
+    Column("event_id", String(64), nullable=False),
+    Column("event_type", String(64), nullable=False),
+    Column("event_at", BigInteger, nullable=False),
+    Column("batch_id", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("next_attempt_at", BigInteger),
+    Column("last_status", Integer),
+    Column("last_error", Text),
+    Column("delivered_at", BigInteger),
+    _one_of("state", DeliveryState),
+    Index(None, "endpoint_id", "order"),
+    Index(None, "state", "next_attempt_at"),
+    sqlite_autoincrement=True,
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("file_expires_after_s", BigInteger),
+    Column("file_id", String(64)),
+    Column("part_ids_digest", String(64)),
+    _one_of("status", UploadStatus),
+    Index(None, "status", "expires_at"),
+)
+
+# Each row owns the blob under its key until a file or blob_removals does; bytes is NULL while the part streams in.
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("upload_id", ForeignKey("uploads.id"), nullable=False, index=True),
+    Column("account_id", ForeignKey("accounts.id"), nullable=False),
+    Column("key", Text, nullable=False),
+    Column("bytes", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
 )

@@ -21,7 +21,7 @@ from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.segments import Segments
 from pronghorn.worker import framing
 from pronghorn.worker.dispatch import Dispatcher
-from pronghorn.worker.protocol import Assign, Close, Configure, Order, Ready, Stop, UseReplicas
+from pronghorn.worker.protocol import Assign, Close, Configure, LeaveRoom, Order, Ready, Stop, UseReplicas
 
 log = logging.getLogger("pronghorn.worker")
 
@@ -65,6 +65,8 @@ async def _obey(orders: framing.Messages[Order], dispatcher: Dispatcher) -> None
                 dispatcher.assign(order)
             case Close(batch_id, closing):
                 dispatcher.close_batch(batch_id, closing)
+            case LeaveRoom(live):
+                dispatcher.leave_room(live)
             case Stop(drain_s):
                 await dispatcher.stop(drain_s)
                 return

@@ -35,7 +35,7 @@ from pronghorn.worker.protocol import (
     Broken,
     Configure,
     Done,
-    Progress,
+    Moved,
     Report,
     Sent,
     ShardProgress,
@@ -83,6 +83,7 @@ class _ShardRun:
         self.endpoint: Endpoint = order.endpoint
         self.model: str = order.model
         self.closing: Closing | None = order.closing
+        self.rejects = {reject.line: reject for reject in order.shard.rejects}
         self.ready: deque[_Line] = deque()
         self.places: dict[int, Place] = {}
         self.counter = Counter()
@@ -138,10 +139,14 @@ class _ShardRun:
 
     def _add(self, lines: Iterable[RawLine]) -> None:
         for raw in lines:
-            if not raw.content or raw.number in self.places:
+            if raw.content == b"" or raw.number in self.places:
+                continue
+            if reject := self.rejects.get(raw.number):
+                result = results.rejected(self.key.batch_id, reject, raw.content)
+                self.record(Outcome(raw.number, Fate.FAILED, Usage(), result))
                 continue
             try:
-                line = _decode_line(raw.content)
+                line = _decode_line(raw.content or b"")
             except msgspec.DecodeError as error:
                 raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
             self.ready.append(_Line(self, raw.number, bytes(line.custom_id), bytes(line.body)))
@@ -161,6 +166,7 @@ class _Lane:
         self.client = client
         self.window = Window(fixed=replica.window)
         self.in_flight = 0
+        self.live = 0
         self.pauses = 0
         self.paused_until = 0.0
         self.reason: str | None = None
@@ -168,8 +174,12 @@ class _Lane:
     def room(self, now: float) -> int:
         """Return how many more lines may be sent now; after a pause one line probes the way."""
         if self.reason is None:
-            return self.window.limit - self.in_flight
+            return (self._limit_beside_live() if self.live else self.window.limit) - self.in_flight
         return 1 - self.in_flight if now >= self.paused_until else 0
+
+    def _limit_beside_live(self) -> int:
+        """Return the window beside live requests: no line of it queues ahead of them, yet one always runs."""
+        return max(1, min(self.window.limit, self.replica.slots or self.window.limit) - self.live)
 
 
 def _result(line: _Line, answer: Answer | Fault, code: str | None = None, message: str = "") -> bytes:
@@ -202,6 +212,7 @@ class Dispatcher:
         self._clock = clock
         self._report = report
         self._lanes: list[_Lane] = []
+        self._live: dict[str, int] = {}
         self._runs: dict[ShardKey, _ShardRun] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._timers: dict[_Line, asyncio.TimerHandle] = {}
@@ -221,6 +232,13 @@ class Dispatcher:
         self._lanes = [kept.pop(replica) if replica in kept else self._open_lane(replica) for replica in replicas]
         for lane in kept.values():
             self._spawn(lane.client.close())
+        self.leave_room(self._live)
+
+    def leave_room(self, live: dict[str, int]) -> None:
+        """Leave room in the windows for so many live requests at each base URL."""
+        self._live = live
+        for lane in self._lanes:
+            lane.live = live.get(lane.replica.base_url, 0)
         self.fill()
 
     def assign(self, order: Assign) -> None:
@@ -357,6 +375,7 @@ class Dispatcher:
     def _shard_moved(self, key: ShardKey) -> None:
         """Look at a shard that has new lines, or whose batch is closing."""
         if key in self._runs:
+            self._dirty.set()
             self._give_up_if_closing(self._runs[key])
             self.fill()
 
@@ -433,7 +452,7 @@ class Dispatcher:
             run.moved = False
         shards = [ShardProgress(run.key, run.shard.epoch, run.durable) for run in moved]
         paused = {lane.replica.base_url: lane.reason for lane in self._lanes if lane.reason is not None}
-        self._report(Progress(shards, paused))
+        self._report(Moved(shards, paused))
 
     # Plumbing
 

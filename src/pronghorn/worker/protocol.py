@@ -41,6 +41,12 @@ class Close(msgspec.Struct, tag=True, frozen=True):
     closing: Closing
 
 
+class LeaveRoom(msgspec.Struct, tag=True, frozen=True):
+    """Leave room for so many live requests at each replica, by base URL, until the next such order."""
+
+    live: dict[str, int]
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     """Send nothing more, record what is in flight for up to `drain_s` seconds, and end."""
 
@@ -66,7 +72,7 @@ class ShardProgress(msgspec.Struct, frozen=True):
     tally: Tally
 
 
-class Progress(msgspec.Struct, tag=True, frozen=True):
+class Moved(msgspec.Struct, tag=True, frozen=True):
     """What moved since the last report, and which replicas are paused and why, by base URL."""
 
     shards: list[ShardProgress]
@@ -89,8 +95,8 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
     reason: str
 
 
-Order = Configure | UseReplicas | Assign | Close | Stop
-Report = Ready | Sent | Progress | Done | Broken
+Order = Configure | UseReplicas | Assign | Close | LeaveRoom | Stop
+Report = Ready | Sent | Moved | Done | Broken
 
 # A shard's assignment names every blob of its input file; a file of a million parts still fits.
 FRAME_BYTES_MAX = 128 * MIB

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
+from pronghorn.domain import causes
 from pronghorn.domain.answers import Answer
-from pronghorn.domain.model import BlobRef, Closing, Shard, ShardResult
+from pronghorn.domain.model import BlobRef, Closing, Reject, Shard, ShardResult
 from pronghorn.ids import line_id
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.segments import Fate, Place, tally
@@ -18,6 +19,13 @@ _CLOSING_MESSAGES = {
     Closing.EXPIRED: "This request could not be executed before the completion window expired.",
     Closing.CANCELLED: "This request was not executed because the batch was cancelled.",
 }
+
+
+class _Id(msgspec.Struct):
+    custom_id: str
+
+
+_decode_id = msgspec.json.Decoder(_Id).decode
 
 
 def answered(batch_id: str, number: int, custom_id: bytes, answer: Answer) -> bytes:
@@ -50,28 +58,46 @@ def not_run(batch_id: str, number: int, custom_id: bytes, closing: Closing) -> b
     return unanswered(batch_id, number, custom_id, closing.value, _CLOSING_MESSAGES[closing])
 
 
+def rejected(batch_id: str, reject: Reject, content: bytes | None) -> bytes:
+    """Return the result of an invalid line that its batch skips; its custom_id is null when it cannot be read."""
+    try:
+        custom_id = msgspec.json.encode(_decode_id(content or b"").custom_id)
+    except (ValueError, RecursionError):
+        custom_id = b"null"
+    return unanswered(batch_id, reject.line, custom_id, reject.code, reject.message)
+
+
 def write_parts(shard: Shard, places: Mapping[int, Place], blobs: Blobs) -> ShardResult:
     """Store a complete shard's parts of the output and error files, in input order; blocks until they are durable."""
     completed = [places[line] for line in sorted(places) if places[line].fate is Fate.COMPLETED]
     others = [places[line] for line in sorted(places) if places[line].fate is not Fate.COMPLETED]
     stem = f"batches/{shard.key.batch_id}/{shard.key.position}-{shard.epoch}"
-    output = _write_part(f"{stem}.output", completed, blobs)
-    errors = _write_part(f"{stem}.errors", others, blobs)
-    return ShardResult(output, errors, tally(places.values()))
+    output = _write_part(f"{stem}.output", _read(completed), blobs)
+    errors = _write_part(f"{stem}.errors", _read(others), blobs)
+    found = causes.merge(causes.cause_of(result) for result in _read(others))
+    return ShardResult(output, errors, tally(places.values()), found)
 
 
-def _write_part(key: str, places: list[Place], blobs: Blobs) -> BlobRef | None:
-    if not places:
+def _write_part(key: str, results: Iterator[bytes], blobs: Blobs) -> BlobRef | None:
+    first = next(results, None)
+    if first is None:
         return None
+    with blobs.writer(key) as writer:
+        writer.write(first)
+        for result in results:
+            writer.write(result)
+        writer.commit()
+        return BlobRef(key, writer.bytes)
+
+
+def _read(places: list[Place]) -> Iterator[bytes]:
+    """Yield the results that lie at the places."""
     descriptors: dict[Path, int] = {}
     try:
-        with blobs.writer(key) as writer:
-            for place in places:
-                if place.segment not in descriptors:
-                    descriptors[place.segment] = os.open(place.segment, os.O_RDONLY | os.O_CLOEXEC)
-                writer.write(os.pread(descriptors[place.segment], place.length, place.offset))
-            writer.commit()
-            return BlobRef(key, writer.bytes)
+        for place in places:
+            if place.segment not in descriptors:
+                descriptors[place.segment] = os.open(place.segment, os.O_RDONLY | os.O_CLOEXEC)
+            yield os.pread(descriptors[place.segment], place.length, place.offset)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)

@@ -21,6 +21,11 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_accounts")),
     )
     op.create_table(
+        "blob_removals",
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("key", name=op.f("pk_blob_removals")),
+    )
+    op.create_table(
         "files",
         sa.Column("order", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -52,6 +57,50 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_jobs_account_id"), "jobs", ["account_id"], unique=False)
     op.create_table(
+        "uploads",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("account_id", sa.String(length=64), nullable=False),
+        sa.Column("filename", sa.Text(), nullable=False),
+        sa.Column("purpose", sa.String(length=32), nullable=False),
+        sa.Column("mime_type", sa.Text(), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.Column("file_expires_after_s", sa.BigInteger(), nullable=True),
+        sa.Column("file_id", sa.String(length=64), nullable=True),
+        sa.Column("part_ids_digest", sa.String(length=64), nullable=True),
+        sa.CheckConstraint(
+            "status IN ('pending', 'completed', 'cancelled', 'expired')", name=op.f("ck_uploads_status")
+        ),
+        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_uploads_account_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_uploads")),
+    )
+    op.create_index(op.f("ix_uploads_status_expires_at"), "uploads", ["status", "expires_at"], unique=False)
+    op.create_table(
+        "webhook_endpoints",
+        sa.Column("order", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("account_id", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("event_types", sa.Text(), nullable=False),
+        sa.Column("secret", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.Column("updated_at", sa.BigInteger(), nullable=False),
+        sa.Column("old_secret", sa.Text(), nullable=True),
+        sa.Column("old_secret_until", sa.BigInteger(), nullable=True),
+        sa.Column("held_until", sa.BigInteger(), nullable=True),
+        sa.Column("disabled_at", sa.BigInteger(), nullable=True),
+        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_webhook_endpoints_account_id")),
+        sa.PrimaryKeyConstraint("order", name=op.f("pk_webhook_endpoints")),
+        sa.UniqueConstraint("id", name=op.f("uq_webhook_endpoints_id")),
+        sqlite_autoincrement=True,
+    )
+    op.create_index(
+        op.f("ix_webhook_endpoints_account_id_order"), "webhook_endpoints", ["account_id", "order"], unique=False
+    )
+    op.create_table(
         "batches",
         sa.Column("order", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -74,6 +123,11 @@ def upgrade() -> None:
         sa.Column("metadata", sa.Text(), nullable=True),
         sa.Column("model", sa.Text(), nullable=True),
         sa.Column("problems", sa.LargeBinary(), nullable=True),
+        sa.Column("on_invalid", sa.String(length=8), server_default="fail", nullable=False),
+        sa.Column("retry_of", sa.String(length=64), nullable=True),
+        sa.Column("output_expires_after_s", sa.BigInteger(), nullable=True),
+        sa.Column("idempotency_key", sa.String(length=256), nullable=True),
+        sa.Column("idempotency_digest", sa.LargeBinary(), nullable=True),
         sa.Column("output_file_id", sa.String(length=64), nullable=True),
         sa.Column("error_file_id", sa.String(length=64), nullable=True),
         sa.Column("total", sa.BigInteger(), server_default="0", nullable=False),
@@ -84,7 +138,8 @@ def upgrade() -> None:
         sa.Column("cached_tokens", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("output_tokens", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("reasoning_tokens", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("reason", sa.Text(), nullable=True),
+        sa.Column("progress", sa.LargeBinary(), nullable=True),
+        sa.Column("causes", sa.LargeBinary(), nullable=True),
         sa.CheckConstraint("closing IN ('batch_expired', 'batch_cancelled')", name=op.f("ck_batches_closing")),
         sa.CheckConstraint(
             "endpoint IN ('/v1/chat/completions', '/v1/completions', '/v1/embeddings', '/v1/responses')",
@@ -97,10 +152,12 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_batches_account_id")),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_batches_job_id")),
         sa.PrimaryKeyConstraint("order", name=op.f("pk_batches")),
+        sa.UniqueConstraint("account_id", "idempotency_key", name=op.f("uq_batches_account_id_idempotency_key")),
         sa.UniqueConstraint("id", name=op.f("uq_batches_id")),
         sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_batches_account_id_order"), "batches", ["account_id", "order"], unique=False)
+    op.create_index(op.f("ix_batches_input_file_id"), "batches", ["input_file_id"], unique=False)
     op.create_index(op.f("ix_batches_status"), "batches", ["status"], unique=False)
     op.create_table(
         "file_blobs",
@@ -110,6 +167,53 @@ def upgrade() -> None:
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["file_id"], ["files.id"], name=op.f("fk_file_blobs_file_id")),
         sa.PrimaryKeyConstraint("file_id", "position", name=op.f("pk_file_blobs")),
+    )
+    op.create_table(
+        "upload_parts",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("upload_id", sa.String(length=64), nullable=False),
+        sa.Column("account_id", sa.String(length=64), nullable=False),
+        sa.Column("key", sa.Text(), nullable=False),
+        sa.Column("bytes", sa.BigInteger(), nullable=True),
+        sa.Column("created_at", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_upload_parts_account_id")),
+        sa.ForeignKeyConstraint(["upload_id"], ["uploads.id"], name=op.f("fk_upload_parts_upload_id")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_upload_parts")),
+    )
+    op.create_index(op.f("ix_upload_parts_upload_id"), "upload_parts", ["upload_id"], unique=False)
+    op.create_table(
+        "webhook_deliveries",
+        sa.Column("order", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("account_id", sa.String(length=64), nullable=False),
+        sa.Column("endpoint_id", sa.String(length=64), nullable=False),
+        sa.Column("event_id", sa.String(length=64), nullable=False),
+        sa.Column("event_type", sa.String(length=64), nullable=False),
+        sa.Column("event_at", sa.BigInteger(), nullable=False),
+        sa.Column("batch_id", sa.String(length=64), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("attempts", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("next_attempt_at", sa.BigInteger(), nullable=True),
+        sa.Column("last_status", sa.Integer(), nullable=True),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.Column("delivered_at", sa.BigInteger(), nullable=True),
+        sa.CheckConstraint("state IN ('pending', 'delivered', 'failed')", name=op.f("ck_webhook_deliveries_state")),
+        sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_webhook_deliveries_account_id")),
+        sa.ForeignKeyConstraint(
+            ["endpoint_id"], ["webhook_endpoints.id"], name=op.f("fk_webhook_deliveries_endpoint_id")
+        ),
+        sa.PrimaryKeyConstraint("order", name=op.f("pk_webhook_deliveries")),
+        sa.UniqueConstraint("id", name=op.f("uq_webhook_deliveries_id")),
+        sqlite_autoincrement=True,
+    )
+    op.create_index(
+        op.f("ix_webhook_deliveries_endpoint_id_order"), "webhook_deliveries", ["endpoint_id", "order"], unique=False
+    )
+    op.create_index(
+        op.f("ix_webhook_deliveries_state_next_attempt_at"),
+        "webhook_deliveries",
+        ["state", "next_attempt_at"],
+        unique=False,
     )
     op.create_table(
         "shards",
@@ -132,6 +236,8 @@ def upgrade() -> None:
         sa.Column("cached_tokens", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("output_tokens", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("reasoning_tokens", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("rejects", sa.LargeBinary(), nullable=True),
+        sa.Column("causes", sa.LargeBinary(), nullable=True),
         sa.CheckConstraint("state IN ('pending', 'running', 'done')", name=op.f("ck_shards_state")),
         sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name=op.f("fk_shards_batch_id")),
         sa.PrimaryKeyConstraint("batch_id", "position", name=op.f("pk_shards")),

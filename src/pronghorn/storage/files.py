@@ -1,0 +1,122 @@
+"""Files: listed, found, and really gone once deleted or expired, also after a crash half-way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import sqlalchemy as sa
+
+from pronghorn.domain.lifecycle import TERMINAL
+from pronghorn.domain.model import BlobRef, File
+from pronghorn.storage.database import Database
+from pronghorn.storage.tables import batches, blob_removals, file_blobs, files
+
+# Removals handled in one go; a deleted output may have thousands of parts.
+REMOVALS_MAX = 1000
+
+
+class FilePage(NamedTuple):
+    """One page of a listing, and whether more follow."""
+
+    files: list[File]
+    has_more: bool
+
+
+class Files:
+    """The files of all accounts."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, file: File, blobs: Sequence[BlobRef]) -> None:
+        """Remember a file whose blobs are already stored."""
+        await self._database.write(lambda connection: insert(connection, file, blobs))
+
+    async def find(self, file_id: str, account_id: str) -> File | None:
+        """Return a file of this account; another account's is as good as none."""
+        query = files.select().where(files.c.id == file_id, files.c.account_id == account_id)
+        row = await self._database.read(lambda c: c.execute(query).mappings().first())
+        return _file(row) if row else None
+
+    async def blobs(self, file_id: str) -> list[BlobRef]:
+        """Return a file's blobs in order."""
+        columns = (file_blobs.c.key, file_blobs.c.bytes)
+        query = sa.select(*columns).where(file_blobs.c.file_id == file_id).order_by(file_blobs.c.position)
+        rows = await self._database.read(lambda c: c.execute(query).all())
+        return [BlobRef(key, size) for key, size in rows]
+
+    async def page(
+        self, account_id: str, *, purpose: str | None, limit: int, after: str | None, newest_first: bool
+    ) -> FilePage | None:
+        """Return up to `limit` files after the one with id `after`; None if that is unknown."""
+
+        def read(connection: sa.Connection) -> FilePage | None:
+            query = files.select().where(files.c.account_id == account_id)
+            if purpose is not None:
+                query = query.where(files.c.purpose == purpose)
+            if after is not None:
+                cursor = sa.select(files.c.order).where(files.c.id == after, files.c.account_id == account_id)
+                order = connection.scalar(cursor)
+                if order is None:
+                    return None
+                query = query.where(files.c.order < order if newest_first else files.c.order > order)
+            query = query.order_by(files.c.order.desc() if newest_first else files.c.order).limit(limit + 1)
+            rows = connection.execute(query).mappings().all()
+            return FilePage([_file(row) for row in rows[:limit]], len(rows) > limit)
+
+        return await self._database.read(read)
+
+    async def delete(self, file_id: str, account_id: str) -> bool:
+        """Forget a file and mark its blobs for removal; False, and nothing is done, while a batch still reads it."""
+
+        def write(connection: sa.Connection) -> bool:
+            if connection.scalar(sa.select(sa.exists().where(_being_read(sa.literal(file_id))))):
+                return False
+            _forget(connection, files.c.id == file_id, files.c.account_id == account_id)
+            return True
+
+        return await self._database.write(write)
+
+    async def forget_expired(self, now: int) -> int:
+        """Forget every file whose time is over and that no batch still reads; return how many there were."""
+        due = files.c.expires_at <= now, ~sa.exists().where(_being_read(files.c.id))
+        return await self._database.write(lambda connection: _forget(connection, *due))
+
+    async def removals(self) -> list[str]:
+        """Return keys of blobs to remove from storage, up to a bound."""
+        query = sa.select(blob_removals.c.key).limit(REMOVALS_MAX)
+        return list(await self._database.read(lambda c: c.scalars(query).all()))
+
+    async def removed(self, keys: Sequence[str]) -> None:
+        """Note that blobs are gone from storage."""
+        statement = blob_removals.delete().where(blob_removals.c.key == sa.bindparam("gone"))
+        await self._database.write(lambda c: c.execute(statement, [{"gone": key} for key in keys]))
+
+
+def insert(connection: sa.Connection, file: File, blobs: Sequence[BlobRef]) -> None:
+    """Add a file's rows inside a transaction."""
+    connection.execute(files.insert().values(**msgspec.structs.asdict(file)))
+    rows = [
+        {"file_id": file.id, "position": position, "key": blob.key, "bytes": blob.bytes}
+        for position, blob in enumerate(blobs)
+    ]
+    connection.execute(file_blobs.insert(), rows)
+
+
+def _being_read(file_id: sa.ColumnElement[str]) -> sa.ColumnElement[bool]:
+    ended = [status.value for status in TERMINAL]
+    return sa.and_(batches.c.input_file_id == file_id, batches.c.status.not_in(ended))
+
+
+def _forget(connection: sa.Connection, *which: sa.ColumnElement[bool]) -> int:
+    ids = sa.select(files.c.id).where(*which).scalar_subquery()
+    keys = sa.select(file_blobs.c.key).where(file_blobs.c.file_id.in_(ids))
+    connection.execute(blob_removals.insert().from_select(["key"], keys))
+    connection.execute(file_blobs.delete().where(file_blobs.c.file_id.in_(ids)))
+    return connection.execute(files.delete().where(*which)).rowcount
+
+
+def _file(row: sa.RowMapping) -> File:
+    return File(**{name: row[name] for name in File.__struct_fields__})
