@@ -1,7 +1,46 @@
+# `make PYTHON=python3.12 TARGET` makes the virtual environment with another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
 .PHONY: install
-install: .venv/.installed
+install: .venv/.installed ## Make .venv with the package and everything to develop it
 .venv/.installed: requirements-dev.txt pyproject.toml
-	python3 -m venv .venv
-	.venv/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
-	.venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no $(PYTHON). Name a Python of 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Pronghorn needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1)." \
+	    "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+.PHONY: demo
+demo: install ## Walk through the API with a server of its own, with curl and with the OpenAI SDK
+	@$(BIN)/python examples/demo.py
+
+.PHONY: serve
+serve: install ## Start the server on http://127.0.0.1:8080
+	@$(BIN)/pronghorn serve
+
+.PHONY: test
+test: install ## Run the tests
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: install ## Check style, types and layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: clean
+clean: ## Delete caches, build results and the demo's data; .venv stays
+	rm -rf .demo build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} +

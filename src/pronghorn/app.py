@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pronghorn
-from pronghorn.api import batches, faults, files, jobs, models
+from pronghorn.api import batches, faults, files, jobs, live, models, reruns, streams, uploads, webhooks
+from pronghorn.api.launch import Launcher
+from pronghorn.domain.addresses import AllowedHosts
 from pronghorn.errors import TooLarge
-from pronghorn.limits import JSON_BODY_BYTES_MAX
+from pronghorn.limits import JSON_BODY_BYTES_MAX, LIVE_BODY_BYTES_MAX, UPLOAD_COMPLETE_BODY_BYTES_MAX
 from pronghorn.settings import Settings
 from pronghorn.system import System
 
-# Bodies of these routes stream to disk and have no bound of their own.
-_STREAMED = frozenset({"/v1/files"})
+# Bodies of these routes stream to disk; where they have a bound, the route knows it.
+_STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
+_COMPLETE_UPLOAD = re.compile(r"/v1/uploads/[^/]+/complete")
 
 
 def create_app(system: System, settings: Settings) -> FastAPI:
@@ -27,11 +31,18 @@ def create_app(system: System, settings: Settings) -> FastAPI:
     faults.install(app)
     clock, ids = system.clock, system.ids
     app.include_router(files.routes(system.metadata, system.blobs, clock, ids))
-    app.include_router(
-        batches.routes(system.metadata, clock, ids, default_job=settings.default_job, changed=system.coordinator.wake)
-    )
+    metadata, blobs, stored = system.metadata, system.blobs, system.files
+    launcher = Launcher(metadata, changed=system.coordinator.wake)
+    app.include_router(batches.routes(metadata, launcher, system.checker, clock, ids, default_job=settings.default_job))
+    limit = settings.line_bytes_max
+    app.include_router(reruns.routes(metadata, stored, blobs, launcher, clock, ids, line_bytes_max=limit))
+    app.include_router(streams.routes(metadata, blobs, clock))
     app.include_router(models.routes(system.engines, clock.now()))
+    app.include_router(uploads.routes(system.uploads, system.files, system.blobs, clock, ids))
     app.include_router(jobs.routes(system.metadata, clock, ids))
+    allowed = AllowedHosts(settings.webhook_allow)
+    app.include_router(webhooks.routes(system.webhooks, clock, ids, allowed=allowed, send=system.courier.send))
+    app.include_router(live.routes(system.relay))
 
     @app.get("/health", tags=["Health"])
     async def health() -> dict[str, str]:
@@ -44,14 +55,14 @@ def create_app(system: System, settings: Settings) -> FastAPI:
 
 
 class _RequestId:
-    """Gives every answer an `x-request-id`, which clients show in their errors."""
+    """Gives every answer an `x-request-id`, which clients show in their errors, unless an engine has given one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and b"x-request-id" not in dict(message["headers"]):
                 message["headers"] = [*message["headers"], (b"x-request-id", f"req_{secrets.token_hex(16)}".encode())]
             await send(message)
 
@@ -65,26 +76,33 @@ class _BodyLimit:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _STREAMED:
+        if scope["type"] != "http" or _STREAMED.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
+        bytes_max = _body_bytes_max(scope["path"])
         received = 0
 
         async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > JSON_BODY_BYTES_MAX:
+            if received > bytes_max:
                 raise TooLarge("the rest is not read")
             return message
 
         async def send_unless_refused(message: Message) -> None:
             # The framework makes a 400 of its own out of whatever reading the body raises.
-            if received <= JSON_BODY_BYTES_MAX:
+            if received <= bytes_max:
                 await send(message)
 
         with contextlib.suppress(TooLarge):
             await self._app(scope, receive_limited, send_unless_refused)
-        if received > JSON_BODY_BYTES_MAX:
-            refusal = TooLarge(f"The request's body is above the limit of {JSON_BODY_BYTES_MAX} bytes.")
+        if received > bytes_max:
+            refusal = TooLarge(f"The request's body is above the limit of {bytes_max} bytes.")
             await faults.envelope(refusal, {"connection": "close"})(scope, receive, send)
+
+
+def _body_bytes_max(path: str) -> int:
+    if path in live.PATHS:
+        return LIVE_BODY_BYTES_MAX
+    return UPLOAD_COMPLETE_BODY_BYTES_MAX if _COMPLETE_UPLOAD.fullmatch(path) else JSON_BODY_BYTES_MAX

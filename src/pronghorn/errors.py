@@ -17,7 +17,8 @@ PronghornError
 ├── StorageError            stored data cannot be read or written
 │   ├── NotStored           no blob under that key
 │   ├── Damaged             stored bytes are not what was written
-│   └── Fenced              a later epoch owns what this commit wanted to change
+│   ├── Fenced              a later epoch owns what this commit wanted to change
+│   └── KeyReused           an idempotency key has come with another request
 └── InvariantError          a bug of ours
 """
 
@@ -135,6 +136,10 @@ class Damaged(StorageError):
 
 class Fenced(StorageError):
     """A later epoch owns what this commit wanted to change."""
+
+
+class KeyReused(StorageError):
+    """An idempotency key has come with another request."""
 
 
 class InvariantError(PronghornError):

@@ -34,3 +34,21 @@ METADATA_VALUE_CHARS_MAX = 512
 
 # A JSON request body (never a file) is read whole.
 JSON_BODY_BYTES_MAX = 1 * MIB
+
+# What can be a line can be tried as a live request.
+LIVE_BODY_BYTES_MAX = LINE_BYTES_MAX
+# Each holds its body, and its answer unless that is streamed: a few hundred people and tools, within memory.
+LIVE_IN_FLIGHT_MAX = 256
+# The longest body at 1 Mbit/s; a client that stalls must not keep its place.
+LIVE_BODY_S_MAX = 150.0
+
+# OpenAI's "64 MB", read as its own client reads it: that is the part it sends by default.
+UPLOAD_PART_BYTES_MAX = 64 * MIB
+# The rows of one upload are completed in one transaction; this many take about a second.
+UPLOAD_PARTS_MAX = 100_000
+# What so many parts can carry, about 6 TiB; files themselves have no bound.
+UPLOAD_BYTES_MAX = UPLOAD_PARTS_MAX * UPLOAD_PART_BYTES_MAX
+# As OpenAI has it.
+UPLOAD_LIFETIME_S = 3600
+# The ids of all parts, 37 characters each, in JSON.
+UPLOAD_COMPLETE_BODY_BYTES_MAX = 64 * UPLOAD_PARTS_MAX

@@ -10,6 +10,7 @@ import msgspec
 import platformdirs
 from msgspec import Meta
 
+from pronghorn.domain.addresses import ALLOWED_PATTERN
 from pronghorn.errors import UsageError
 from pronghorn.limits import LINE_BYTES_MAX, MIB
 
@@ -59,6 +60,10 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     line_bytes_max: Annotated[int, Meta(ge=1024, description="longest input line, in bytes")] = LINE_BYTES_MAX
     line_timeout_s: Annotated[float, Meta(gt=0, description="longest time an engine may take for one line")] = 3600.0
     answer_bytes_max: Annotated[int, Meta(ge=1024, description="largest answer of an engine, in bytes")] = 64 * MIB
+    webhook_allow: Annotated[
+        tuple[Annotated[str, Meta(pattern=ALLOWED_PATTERN)], ...],
+        Meta(description="hosts, or host:port, that webhooks may go to although not public, and by http:// too"),
+    ] = ()
     drain_s: Annotated[float, Meta(ge=0, description="how long a stopping server waits for lines in flight")] = 10.0
 
 

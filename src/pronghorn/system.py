@@ -13,12 +13,17 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
+from pronghorn.checking import InputChecker
 from pronghorn.clock import Clock, SystemClock
 from pronghorn.control.coordinator import Coordinator
 from pronghorn.control.finalizer import Finalizer
+from pronghorn.control.maintenance import Maintenance
 from pronghorn.control.planner import Planner
+from pronghorn.control.webhooks import Courier
+from pronghorn.domain.addresses import AllowedHosts
 from pronghorn.domain.model import DEFAULT_ACCOUNT
 from pronghorn.engines.base import Engine, EnginePool
+from pronghorn.engines.live import Relay
 from pronghorn.engines.llamacpp import LlamaCppEngine
 from pronghorn.engines.upstream import UpstreamEngine
 from pronghorn.errors import UsageError
@@ -27,8 +32,11 @@ from pronghorn.ids import Ids, RandomIds
 from pronghorn.settings import Settings
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.database import Database
+from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
+from pronghorn.storage.uploads import Uploads
+from pronghorn.storage.webhooks import Webhooks
 from pronghorn.worker.protocol import Configure
 
 log = logging.getLogger("pronghorn.system")
@@ -39,9 +47,15 @@ class System:
     """The running parts that a front (the HTTP server, `pronghorn run`) builds on."""
 
     metadata: Metadata
+    files: Files
+    uploads: Uploads
     blobs: Blobs
     engines: EnginePool
+    checker: InputChecker
     coordinator: Coordinator
+    relay: Relay
+    webhooks: Webhooks
+    courier: Courier
     clock: Clock
     ids: Ids
 
@@ -67,15 +81,20 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         stack.push_async_callback(metadata.close)
         await metadata.add_account(DEFAULT_ACCOUNT, "default", clock.now())
         blobs, segments = Blobs(data_dir / "blobs"), Segments(data_dir / "segments")
+        files, uploads = Files(database), Uploads(database)
+        await uploads.drop_interrupted()
         engines = build_engines(settings)
         await engines.start()
         stack.push_async_callback(engines.stop)
+        checker = InputChecker(files, blobs, engines, line_bytes_max=settings.line_bytes_max)
+        webhooks = Webhooks(database)
+        courier = Courier(webhooks, clock, AllowedHosts(settings.webhook_allow))
         coordinator = Coordinator(
             metadata=metadata,
             segments=segments,
             engines=engines,
             executor=LocalExecutor(),
-            planner=Planner(metadata, blobs, engines, clock, line_bytes_max=settings.line_bytes_max),
+            planner=Planner(metadata, checker, clock),
             finalizer=Finalizer(metadata, segments, clock, ids),
             clock=clock,
             configure=Configure(
@@ -86,14 +105,41 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 line_timeout_s=settings.line_timeout_s,
             ),
             workers=settings.workers,
+            batch_ended=courier.wake,
         )
-        coordinating = asyncio.create_task(coordinator.run())
+        relay = Relay(
+            engines,
+            leave_room=coordinator.leave_room,
+            answer_s_max=settings.line_timeout_s,
+            answer_bytes_max=settings.answer_bytes_max,
+        )
+        stack.push_async_callback(relay.close)
+        maintaining = asyncio.create_task(Maintenance(files, uploads, blobs, clock).run())
+        coordinating = asyncio.create_task(coordinator.run(), name="coordinator")
         coordinating.add_done_callback(_end_on_failure)
+        delivering = asyncio.create_task(courier.run(), name="courier")
+        delivering.add_done_callback(_end_on_failure)
         try:
-            yield System(metadata, blobs, engines, coordinator, clock, ids)
+            yield System(
+                metadata=metadata,
+                files=files,
+                uploads=uploads,
+                blobs=blobs,
+                engines=engines,
+                checker=checker,
+                coordinator=coordinator,
+                relay=relay,
+                webhooks=webhooks,
+                courier=courier,
+                clock=clock,
+                ids=ids,
+            )
         finally:
+            maintaining.cancel()
             coordinator.stop(settings.drain_s)
-            await asyncio.gather(coordinating, return_exceptions=True)
+            await asyncio.gather(coordinating, maintaining, return_exceptions=True)
+            delivering.cancel()
+            await asyncio.gather(delivering, return_exceptions=True)
 
 
 @contextlib.contextmanager
@@ -115,8 +161,8 @@ def _locked(data_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _end_on_failure(coordinating: asyncio.Task[None]) -> None:
-    """A server whose coordinator has failed must not look alive: end, and recover at the next start."""
-    if not coordinating.cancelled() and (error := coordinating.exception()):
-        log.critical("the coordinator failed; ending so that a restart can recover", exc_info=error)
+def _end_on_failure(task: asyncio.Task[None]) -> None:
+    """A server whose coordinator or courier has failed must not look alive: end, and recover at the next start."""
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("the %s failed; ending so that a restart can recover", task.get_name(), exc_info=error)
         os._exit(1)

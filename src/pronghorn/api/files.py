@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import PurePosixPath
-from typing import Annotated, get_args
+from typing import Annotated
 from urllib.parse import quote
 
-import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
-from pronghorn.api import multipart, wire
+from pronghorn.api import intake, multipart, wire
 from pronghorn.api.auth import caller
 from pronghorn.clock import Clock
 from pronghorn.domain.model import BlobRef, File
-from pronghorn.domain.planning import BOM
 from pronghorn.errors import InvalidRequest, NotFound
 from pronghorn.ids import Ids
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.metadata import Metadata
 
-PURPOSES: tuple[str, ...] = get_args(wire.Purpose)
-FILENAME_CHARS_MAX = 255
 _DOWNLOADABLE = ("batch", "batch_output")
 
 
@@ -84,27 +79,12 @@ def _checked(form: multipart.Form, size: int) -> tuple[str, str]:
             "Missing required parameter: 'purpose'.", param="purpose", code="missing_required_parameter"
         )
     purpose = form.fields["purpose"]
-    if purpose not in PURPOSES:
-        raise InvalidRequest(f"'{purpose}' is not one of {list(PURPOSES)} - 'purpose'")
-    filename = PurePosixPath(form.filename.replace("\\", "/").replace("\0", "")).name[:FILENAME_CHARS_MAX] or "file"
+    intake.check_purpose(purpose)
+    filename = intake.plain_name(form.filename)
     if purpose == "batch":
-        _check_batch_input(filename, form.head, size)
+        intake.check_batch_name(filename)
+        intake.check_batch_head(form.head, size)
     return purpose, filename
-
-
-def _check_batch_input(filename: str, head: bytes, size: int) -> None:
-    """Refuse what is plainly no batch input, as early as OpenAI does; the batch's validation reads every line."""
-    refusal = "Invalid file format for Batch API. Must be .jsonl"
-    if not filename.endswith(".jsonl"):
-        raise InvalidRequest(refusal)
-    if not head.removeprefix(BOM).strip():
-        raise InvalidRequest(f"{refusal}: the file is empty.")
-    first, newline, _ = head.removeprefix(BOM).lstrip().partition(b"\n")
-    if newline or len(head) == size:
-        try:
-            msgspec.json.decode(first.strip(), type=dict[str, msgspec.Raw])
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{refusal}: the first line is not a JSON object.") from error
 
 
 _UPLOAD_BODY = {
@@ -116,7 +96,7 @@ _UPLOAD_BODY = {
                 "required": ["file", "purpose"],
                 "properties": {
                     "file": {"type": "string", "format": "binary"},
-                    "purpose": {"type": "string", "enum": list(PURPOSES)},
+                    "purpose": {"type": "string", "enum": list(intake.PURPOSES)},
                 },
             }
         }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from pronghorn.errors import InvalidRequest, RequestError
+from pronghorn.errors import InvalidRequest, RequestError, TooLarge
 from pronghorn.limits import FILE_CHUNK_BYTES, KIB
 from pronghorn.storage.blobs import BlobWriter
 
@@ -34,13 +34,19 @@ class UnsupportedBody(RequestError):
 
 
 async def receive(
-    headers: dict[str, str], chunks: AsyncIterator[bytes], writer: BlobWriter, *, file_field: str
+    headers: dict[str, str],
+    chunks: AsyncIterator[bytes],
+    writer: BlobWriter,
+    *,
+    file_field: str,
+    file_bytes_max: int | None = None,
 ) -> Form:
     """Write the form's one file to `writer` and return the rest; memory stays flat whatever the file's size.
 
-    Raises InvalidRequest for a body that is not a well-formed form, UnsupportedBody for a compressed one.
+    Raises InvalidRequest for a body that is not a well-formed form, UnsupportedBody for a compressed one, TooLarge
+    as soon as the file is above `file_bytes_max`.
     """
-    parser = _FormReader(_boundary(headers), file_field)
+    parser = _FormReader(_boundary(headers, file_field), file_field, file_bytes_max)
     async for chunk in chunks:
         parser.feed(chunk)
         if parser.waiting_bytes >= FILE_CHUNK_BYTES:
@@ -50,24 +56,26 @@ async def receive(
     return Form(parser.fields, parser.filename, parser.head)
 
 
-def _boundary(headers: dict[str, str]) -> bytes:
+def _boundary(headers: dict[str, str], file_field: str) -> bytes:
     if headers.get("content-encoding", "identity") != "identity":
         raise UnsupportedBody("Compressed request bodies are not supported. Send the file as it is.")
     kind, options = parse_options_header(headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise InvalidRequest("The request must be multipart/form-data, with a file and its purpose.")
+        raise InvalidRequest(f"The request must be multipart/form-data, with the bytes in its field '{file_field}'.")
     return boundary
 
 
 class _FormReader:
     """Follows one form through python-multipart's push parser."""
 
-    def __init__(self, boundary: bytes, file_field: str) -> None:
+    def __init__(self, boundary: bytes, file_field: str, file_bytes_max: int | None) -> None:
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
         self.head = b""
         self._file_field = file_field
+        self._file_bytes_max = file_bytes_max
+        self._file_bytes = 0
         self._data: list[bytes] = []
         self._waiting = 0
         self._parts = 0
@@ -150,6 +158,10 @@ class _FormReader:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._field == self._file_field:
+            self._file_bytes += end - start
+            if self._file_bytes_max is not None and self._file_bytes > self._file_bytes_max:
+                message = f"'{self._field}' is larger than the limit of {self._file_bytes_max} bytes."
+                raise TooLarge(message, param=self._field, code="file_above_max_bytes")
             self._data.append(data[start:end])
             self._waiting += end - start
             if len(self.head) < FILE_CHUNK_BYTES:

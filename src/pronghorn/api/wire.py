@@ -6,11 +6,12 @@ import re
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator
 from pydantic_core import PydanticCustomError
 
 from pronghorn.domain.causes import Cause
 from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, OnInvalid, Tally
+from pronghorn.domain.planning import Census, Plan, Rejection
 from pronghorn.engines.base import ModelInfo
 from pronghorn.limits import METADATA_KEY_CHARS_MAX, METADATA_PAIRS_MAX, METADATA_VALUE_CHARS_MAX
 
@@ -233,6 +234,26 @@ class CreateJob(_Request):
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+def _check_window(value: str) -> str:
+    if value != UNLIMITED and not window_seconds(value):
+        raise PydanticCustomError(
+            "invalid_value",
+            "Invalid value: '{value}' for 'completion_window'. Supported values are: 'unlimited', and a duration such "
+            "as '24h', '90m' or '7d'.",
+            {"value": value},
+        )
+    return value
+
+
+def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    check_metadata(metadata)
+    return metadata
+
+
+Window = Annotated[str, AfterValidator(_check_window)]
+Metadata = Annotated[dict[str, str], AfterValidator(_check_metadata)]
+
+
 class ExpiresAfter(_Request):
     """When a file goes: so many seconds after it was created."""
 
@@ -245,9 +266,9 @@ class CreateBatch(_Request):
 
     input_file_id: str
     endpoint: Annotated[str, Field(json_schema_extra={"enum": [endpoint.value for endpoint in Endpoint]})]
-    completion_window: str
+    completion_window: Window
     job_id: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     on_invalid: Annotated[Literal["fail", "skip"], Field(description="What bad lines do to the batch.")] = "fail"
 
@@ -274,24 +295,6 @@ class CreateBatch(_Request):
             )
         return value
 
-    @field_validator("completion_window")
-    @classmethod
-    def _is_window(cls, value: str) -> str:
-        if value != UNLIMITED and not _window_seconds(value):
-            raise PydanticCustomError(
-                "invalid_value",
-                "Invalid value: '{value}' for 'completion_window'. Supported values are: 'unlimited', and a duration "
-                "such as '24h', '90m' or '7d'.",
-                {"value": value},
-            )
-        return value
-
-    @field_validator("metadata")
-    @classmethod
-    def _is_small(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        check_metadata(value or {})
-        return value
-
     @field_validator("on_invalid", mode="before")
     @classmethod
     def _is_policy(cls, value: object) -> object:
@@ -301,11 +304,6 @@ class CreateBatch(_Request):
             )
         return value
 
-    @property
-    def window_s(self) -> int | None:
-        """The completion window in seconds, or None for no end."""
-        return None if self.completion_window == UNLIMITED else _window_seconds(self.completion_window)
-
 
 class RetryBatch(_Request):
     """Which failed lines of an ended batch to run again, and what to change in their bodies; null removes a field."""
@@ -313,8 +311,8 @@ class RetryBatch(_Request):
     codes: list[str] = []
     status_codes: list[int] = []
     overrides: dict[str, Any] = {}
-    completion_window: str | None = None
-    metadata: dict[str, str] | None = None
+    completion_window: Window | None = None
+    metadata: Metadata | None = None
 
 
 def check_metadata(metadata: dict[str, str]) -> None:
@@ -398,6 +396,19 @@ def model_object(model: ModelInfo, created: int) -> ModelObject:
     )
 
 
+def batch_check(outcome: Plan | Rejection, census: Census) -> BatchCheck:
+    """Return what checking an input has come to as it goes on the wire."""
+    problems = outcome.skipped if isinstance(outcome, Plan) else outcome.listed()
+    return BatchCheck(
+        valid=isinstance(outcome, Plan),
+        lines=outcome.lines,
+        errors=BatchProblems(data=[BatchProblem(**problem._asdict()) for problem in problems]),
+        models=dict(census.models),
+        duplicate_bodies=census.duplicate_bodies,
+        estimated_prompt_tokens=census.estimated_prompt_tokens,
+    )
+
+
 def job_object(job: Job) -> JobObject:
     """Return a job as it goes on the wire."""
     return JobObject(id=job.id, name=job.name, weight=job.weight, created_at=job.created_at)
@@ -414,7 +425,8 @@ def _usage(tally: Tally) -> BatchUsage:
     )
 
 
-def _window_seconds(window: str) -> int | None:
+def window_seconds(window: str) -> int | None:
+    """Return a completion window in seconds, or None for the one without end and for what is none."""
     match = _WINDOW.fullmatch(window)
     seconds = int(match[1]) * WINDOW_SECONDS[match[2]] if match else 0
     return seconds if 0 < seconds <= WINDOW_S_MAX else None

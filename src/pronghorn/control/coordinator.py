@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pronghorn.clock import Clock
@@ -75,6 +75,7 @@ class Coordinator:
         clock: Clock,
         configure: Configure,
         workers: int,
+        batch_ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._metadata = metadata
         self._segments = segments
@@ -82,6 +83,7 @@ class Coordinator:
         self._planner = planner
         self._finalizer = finalizer
         self._clock = clock
+        self._batch_ended = batch_ended
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._crew = [
             CrewMember(executor, configure, engines.replicas, self._events.put_nowait) for _ in range(workers)
@@ -214,6 +216,7 @@ class Coordinator:
             self._start_planning(batch)
         elif batch.status is BatchStatus.EXPIRED:
             self._stop_planning(batch)
+            self._batch_ended()
         else:
             self._stop_planning(batch)
             opened = await self._opened(batch)
@@ -222,6 +225,7 @@ class Coordinator:
             opened.batch = batch
             if opened.unfinished == 0:
                 await self._finalizer.finish(batch)
+                self._batch_ended()
                 del self._open[batch.id]
 
     async def _expire_if_due(self, batch: Batch) -> Batch:
@@ -243,6 +247,7 @@ class Coordinator:
         task = self._planning.pop(batch_id)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s cannot be validated now: %s", batch_id, error, exc_info=error)
+        self._batch_ended()  # which is so if it failed
         self.wake()
 
     def _stop_planning(self, batch: Batch) -> None:

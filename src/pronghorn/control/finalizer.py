@@ -43,11 +43,13 @@ class Finalizer:
         await asyncio.to_thread(self._segments.discard_batch, batch.id)
 
     def _file(self, batch: Batch, kind: str) -> File:
+        now, keep_s = self._clock.now(), batch.output_expires_after_s
         return File(
             id=self._ids.new("file-"),
             account_id=batch.account_id,
             purpose="batch_output",
             filename=f"{batch.id}_{kind}.jsonl",
             bytes=0,
-            created_at=self._clock.now(),
+            created_at=now,
+            expires_at=None if keep_s is None else now + keep_s,
         )

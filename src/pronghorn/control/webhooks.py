@@ -67,6 +67,12 @@ async def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
+def signature(secrets: list[str], webhook_id: str, now: int, body: bytes) -> str:
+    """Return the `webhook-signature` of an attempt at `now`: one entry a secret."""
+    sent_at = datetime.fromtimestamp(now, UTC)
+    return " ".join(standardwebhooks.Webhook(secret).sign(webhook_id, sent_at, body.decode()) for secret in secrets)
+
+
 class Courier:
     """Delivers events until cancelled; `delays_s` are the waits after the first, second, ... failed attempt."""
 
@@ -185,7 +191,7 @@ class _PublicNetwork(httpcore2.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's signature
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
@@ -204,7 +210,7 @@ class _PublicNetwork(httpcore2.AsyncNetworkBackend):
     async def connect_unix_socket(
         self,
         path: str,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's signature
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         raise httpcore2.ConnectError("webhooks go over TCP")
@@ -214,8 +220,6 @@ class _PublicNetwork(httpcore2.AsyncNetworkBackend):
 
 
 def _headers(receiver: Receiver, secrets: list[str], webhook_id: str, now: int, body: bytes) -> list[tuple[str, str]]:
-    sent_at = datetime.fromtimestamp(now, UTC)
-    signatures = [standardwebhooks.Webhook(secret).sign(webhook_id, sent_at, body.decode()) for secret in secrets]
     return [
         ("host", receiver.authority),
         ("content-type", "application/json"),
@@ -223,7 +227,7 @@ def _headers(receiver: Receiver, secrets: list[str], webhook_id: str, now: int, 
         ("user-agent", _USER_AGENT),
         ("webhook-id", webhook_id),
         ("webhook-timestamp", str(now)),
-        ("webhook-signature", " ".join(signatures)),
+        ("webhook-signature", signature(secrets, webhook_id, now, body)),
     ]
 
 

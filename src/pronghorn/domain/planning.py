@@ -9,8 +9,8 @@ from __future__ import annotations
 import heapq
 import tempfile
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from typing import IO, Annotated, NamedTuple
 
@@ -18,7 +18,7 @@ import msgspec
 
 from pronghorn.domain import validation
 from pronghorn.domain.model import OnInvalid, Reject
-from pronghorn.domain.validation import Problem, Rules
+from pronghorn.domain.validation import CheckedLine, Problem, Rules
 from pronghorn.limits import (
     CUSTOM_ID_CHARS_MAX,
     LINE_PROBLEMS_MAX,
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     shards: list[PlannedShard]
     lines: int
     model: str
-    skipped: list[Problem]
+    skipped: Sequence[Problem] = ()
 
     def shards_with_rejects(self) -> Iterator[tuple[PlannedShard, list[Reject]]]:
         """Yield each shard with its lines that are not to be sent, one entry a line."""
@@ -75,10 +75,18 @@ class Plan(NamedTuple):
 
 
 class Rejection(NamedTuple):
-    """A file that cannot run: its problems in line order, and how many more there were than are listed."""
+    """A file that cannot run: its problems in line order, how many more there were than are listed, its lines."""
 
     problems: list[Problem]
     unlisted: int
+    lines: int = 0
+
+    def listed(self) -> list[Problem]:
+        """Return the problems, and one more that counts those that are not listed, if any."""
+        if not self.unlisted:
+            return self.problems
+        message = f"{self.unlisted} further problems are not listed."
+        return [*self.problems, Problem("too_many_problems", message, None, None)]
 
 
 class LineSplitter:
@@ -145,6 +153,32 @@ def split_lines(chunks: Iterable[bytes], *, line_bytes_max: int) -> Iterator[Raw
     yield from splitter.finish()
 
 
+class Census:
+    """What a file has to run, counted while it is planned: models, bodies that come again, tokens of prompts."""
+
+    def __init__(self) -> None:
+        self.models: Counter[str] = Counter()
+        self.duplicate_bodies = 0
+        self._prompt_bytes = 0
+        self._bodies = _Repeats()
+
+    @property
+    def estimated_prompt_tokens(self) -> int:
+        """A token is about four bytes of English; only the model's own tokenizer knows better."""
+        return self._prompt_bytes // 4
+
+    def count(self, line: CheckedLine, content: bytes) -> None:
+        """Add a line that can run."""
+        self.models[line.body.model] += 1
+        for prompt in (line.body.messages, line.body.prompt, line.body.input):
+            self._prompt_bytes += 0 if prompt is msgspec.UNSET else len(bytes(prompt))
+        self._bodies.add(hash(bytes(_decode_body(content).body)))
+
+    def finish(self) -> None:
+        self.duplicate_bodies = self._bodies.surplus()
+        self._bodies.close()
+
+
 def plan_file(
     open_chunks: Callable[[], Iterable[bytes]],
     file_bytes: int,
@@ -152,47 +186,76 @@ def plan_file(
     *,
     line_bytes_max: int,
     on_invalid: OnInvalid = OnInvalid.FAIL,
+    census: Census | None = None,
 ) -> Plan | Rejection:
     """Check every line and cut shards, or list every problem; with `skip`, bad lines fail alone.
 
     `open_chunks` starts a fresh read of the file; it is called again only to name the lines of duplicates.
     """
-    shards = _ShardCutter(file_bytes)
-    problems: list[Problem] = []
-    unlisted = 0
-    model: str | None = None
-    with _SeenIds() as seen:
-        for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
-            content = line.content
-            if content == b"":
-                continue
-            shards.add(line)
-            found: list[Problem] = []
-            if content is None:
-                found = [validation.too_long(line_bytes_max, line.number)]
-            elif (checked := validation.check_line(content, rules)) is None:
-                found = validation.explain(content, line.number, rules)
-                seen.add_from(content)
-            else:
-                seen.add(checked.custom_id)
-                if model is None:
-                    model = checked.body.model
-                elif checked.body.model != model:
-                    found = [validation.other_model(checked.body.model, line.number)]
-            if found:
-                room = LINE_PROBLEMS_MAX - len(problems)
-                problems += found[:room]
-                unlisted += len(found[room:])
-        suspects = seen.repeated()
-    if suspects:
-        lines = split_lines(open_chunks(), line_bytes_max=line_bytes_max)
-        merged = heapq.merge(problems, _duplicates(lines, suspects), key=lambda problem: problem.line or 0)
-        problems, unlisted = list(islice(merged, LINE_PROBLEMS_MAX)), unlisted + sum(1 for _ in merged)
-    if not shards.lines:
-        problems = [validation.empty_file()]
-    if model is None or unlisted or (problems and on_invalid is OnInvalid.FAIL):
-        return Rejection(problems, unlisted)
-    return Plan(shards.finish(), shards.lines, model, problems)
+    reading = _Reading(file_bytes, rules, line_bytes_max, census)
+    for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
+        if line.content != b"":
+            reading.take(line)
+    if suspects := reading.custom_ids.repeated():
+        reading.blame(_duplicates(split_lines(open_chunks(), line_bytes_max=line_bytes_max), suspects))
+    return reading.conclude(on_invalid)
+
+
+class _Reading:
+    """One pass over a file: its lines checked, its shards cut, its problems gathered."""
+
+    def __init__(self, file_bytes: int, rules: Rules, line_bytes_max: int, census: Census | None) -> None:
+        self.custom_ids = _Repeats()
+        self._shards = _ShardCutter(file_bytes)
+        self._rules = rules
+        self._line_bytes_max = line_bytes_max
+        self._census = census
+        self._model: str | None = None
+        self._problems: list[Problem] = []
+        self._unlisted = 0
+
+    def take(self, line: RawLine) -> None:
+        """Check a line that is not blank."""
+        self._shards.add(line)
+        if line.content is None:
+            self._note([validation.too_long(self._line_bytes_max, line.number)])
+        elif (checked := validation.check_line(line.content, self._rules)) is None:
+            self._note(validation.explain(line.content, line.number, self._rules))
+            if (custom_id := _id_of(line.content)) is not None:
+                self.custom_ids.add(hash(custom_id))
+        else:
+            self._take_valid(line, checked, line.content)
+
+    def blame(self, duplicates: Iterable[Problem]) -> None:
+        """Add the problems of a second pass, in their lines' places."""
+        merged = heapq.merge(self._problems, duplicates, key=lambda problem: problem.line or 0)
+        self._problems = list(islice(merged, LINE_PROBLEMS_MAX))
+        self._unlisted += sum(1 for _ in merged)
+
+    def conclude(self, on_invalid: OnInvalid) -> Plan | Rejection:
+        """Return what the file comes to."""
+        self.custom_ids.close()
+        if self._census is not None:
+            self._census.finish()
+        if not self._shards.lines:
+            return Rejection([validation.empty_file()], 0)
+        if self._model is None or self._unlisted or (self._problems and on_invalid is OnInvalid.FAIL):
+            return Rejection(self._problems, self._unlisted, self._shards.lines)
+        return Plan(self._shards.finish(), self._shards.lines, self._model, self._problems)
+
+    def _take_valid(self, line: RawLine, checked: CheckedLine, content: bytes) -> None:
+        self.custom_ids.add(hash(checked.custom_id))
+        if self._census is not None:
+            self._census.count(checked, content)
+        if self._model is None:
+            self._model = checked.body.model
+        elif checked.body.model != self._model:
+            self._note([validation.other_model(checked.body.model, line.number)])
+
+    def _note(self, found: list[Problem]) -> None:
+        room = LINE_PROBLEMS_MAX - len(self._problems)
+        self._problems += found[:room]
+        self._unlisted += len(found[room:])
 
 
 class _ShardCutter:
@@ -242,11 +305,18 @@ def _id_of(content: bytes | None) -> str | None:
         return None
 
 
-class _SeenIds:
-    """Finds custom_ids used twice, eight bytes a line: hashes in buckets, each bucket checked at the end.
+class _Body(msgspec.Struct):
+    body: msgspec.Raw
 
-    Python's string hash is keyed and 64 bits wide: ten million lines meet by chance once in 370,000 files, and a
-    meeting is only a suspicion that a second read of the file confirms.
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+
+
+class _Repeats:
+    """Finds values that come again, eight bytes each: hashes in buckets, each bucket looked through at the end.
+
+    Python's hash of text and bytes is keyed and 64 bits wide: ten million values meet by chance once in 370,000 files,
+    and for custom_ids a meeting is only a suspicion that a second read of the file confirms.
     """
 
     def __init__(self) -> None:
@@ -254,36 +324,31 @@ class _SeenIds:
         self._held = 0
         self._spilled: list[IO[bytes]] = []
 
-    def __enter__(self) -> _SeenIds:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for file in self._spilled:
             file.close()
 
-    def add(self, custom_id: str) -> None:
-        value = hash(custom_id)
+    def add(self, value: int) -> None:
         self._buckets[value & 255].append(value)
         self._held += 1
         if self._held >= PLANNING_HASHES_IN_MEMORY_MAX:
             self._spill()
 
-    def add_from(self, content: bytes) -> None:
-        """Count the custom_id of a line that is wrong in some other way."""
-        custom_id = _id_of(content)
-        if custom_id is not None:
-            self.add(custom_id)
-
     def repeated(self) -> set[int]:
         """Return the hashes that came more than once."""
         found: set[int] = set()
-        for index, bucket in enumerate(self._buckets):
-            hashes = self._read_back(index) if self._spilled else bucket
-            hashes = hashes + bucket if self._spilled else hashes
-            unique = set(hashes)
-            if len(unique) != len(hashes):
+        for hashes in self._all():
+            if len(set(hashes)) != len(hashes):
                 found |= _repeated(hashes)
         return found
+
+    def surplus(self) -> int:
+        """Return how many values came after an equal one."""
+        return sum(len(hashes) - len(set(hashes)) for hashes in self._all())
+
+    def _all(self) -> Iterator[array[int]]:
+        for index, bucket in enumerate(self._buckets):
+            yield self._read_back(index) + bucket if self._spilled else bucket
 
     def _spill(self) -> None:
         if not self._spilled:

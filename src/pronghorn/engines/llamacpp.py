@@ -92,6 +92,7 @@ class _Server:
             endpoints=endpoints,
             models=names,
             window=max(options.slots + 1, round(options.slots * WINDOW_PER_SLOT)),
+            slots=options.slots,
         )
         self._options = options
         self._process: asyncio.subprocess.Process | None = None

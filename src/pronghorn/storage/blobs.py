@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -10,10 +11,11 @@ from types import TracebackType
 from typing import BinaryIO
 
 import obstore
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
 from pronghorn.domain.model import BlobRef
-from pronghorn.errors import NotStored
+from pronghorn.errors import Damaged, NotStored, StorageError
 from pronghorn.limits import FILE_CHUNK_BYTES
 
 _UNFINISHED = ".part"
@@ -54,7 +56,11 @@ class BlobWriter:
 
 
 class Blobs:
-    """The blobs below one directory."""
+    """The blobs below one directory.
+
+    Reads run on our threads, not on obstore's own: those abort a process that ends just after one
+    (PyO3/pyo3-async-runtimes#40).
+    """
 
     def __init__(self, directory: Path) -> None:
         make_directory(directory)
@@ -68,28 +74,33 @@ class Blobs:
     async def read(self, blobs: Sequence[BlobRef], start: int, end: int) -> AsyncIterator[bytes]:
         """Yield bytes `start` to `end` of the blobs laid end to end, in chunks of at most FILE_CHUNK_BYTES.
 
-        Raises NotStored when a blob is gone.
+        Raises NotStored when a blob is gone, Damaged when it is shorter than it was, StorageError when it cannot be
+        read.
         """
         for key, first, last in _ranges(blobs, start, end):
-            try:
-                data = await self._store.get_range_async(key, start=first, end=last)
-            except FileNotFoundError as error:
-                raise NotStored(f"stored file {key} is gone") from error
-            yield bytes(data)
+            yield await asyncio.to_thread(self._get, key, first, last)
 
     def read_blocking(self, blobs: Sequence[BlobRef], start: int, end: int) -> Iterator[bytes]:
         """Do what `read` does, for a thread that works on whole files."""
         for key, first, last in _ranges(blobs, start, end):
-            try:
-                yield bytes(self._store.get_range(key, start=first, end=last))
-            except FileNotFoundError as error:
-                raise NotStored(f"stored file {key} is gone") from error
+            yield self._get(key, first, last)
 
     async def delete(self, key: str) -> None:
         """Remove a blob and what an interrupted writer left of it; what is not there is already removed."""
         for name in (key, key + _UNFINISHED):
             with contextlib.suppress(FileNotFoundError):
-                await obstore.delete_async(self._store, name)
+                await asyncio.to_thread(obstore.delete, self._store, name)
+
+    def _get(self, key: str, first: int, last: int) -> bytes:
+        try:
+            data = bytes(self._store.get_range(key, start=first, end=last))
+        except FileNotFoundError as error:
+            raise NotStored(f"stored file {key} is gone") from error
+        except BaseError as error:
+            raise StorageError(f"stored file {key} cannot be read: {str(error).splitlines()[0]}") from error
+        if len(data) != last - first:
+            raise Damaged(f"stored file {key} ends before byte {last}")
+        return data
 
 
 def make_directory(directory: Path) -> None:

@@ -6,6 +6,7 @@ Every state change is a compare-and-set whose row count is checked: an UPDATE na
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from pronghorn.domain.model import (
     Usage,
 )
 from pronghorn.domain.planning import Plan
-from pronghorn.errors import Fenced, invariant
+from pronghorn.errors import Fenced, KeyReused, invariant
 from pronghorn.storage.database import Database
 from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
 from pronghorn.storage.webhooks import enqueue_event
@@ -48,6 +49,20 @@ class Page(NamedTuple):
 
     batches: list[Batch]
     has_more: bool
+
+
+class Result(enum.StrEnum):
+    """One of the two files that a batch leaves."""
+
+    OUTPUT = "output"
+    ERRORS = "error"
+
+
+class Idempotency(NamedTuple):
+    """A client's name for a request, and a digest of the request itself."""
+
+    key: str
+    digest: bytes
 
 
 class Metadata:
@@ -117,26 +132,25 @@ class Metadata:
 
     # Batches
 
-    async def add_batch(self, batch: Batch) -> Batch:
-        """Remember a new batch; return it with its place in the order of creation."""
-        values = {
-            "id": batch.id,
-            "account_id": batch.account_id,
-            "job_id": batch.job_id,
-            "endpoint": batch.endpoint.value,
-            "input_file_id": batch.input_file_id,
-            "completion_window": batch.completion_window,
-            "status": batch.status.value,
-            "created_at": batch.stamps.created_at,
-            "expires_at": batch.expires_at,
-            "metadata": None if batch.metadata is None else msgspec.json.encode(batch.metadata).decode(),
-            "on_invalid": batch.on_invalid.value,
-            "retry_of": batch.retry_of,
-            "output_expires_after_s": batch.output_expires_after_s,
-        }
-        statement = batches.insert().values(**values).returning(batches.c.order)
-        order = await self._database.write(lambda c: c.execute(statement).scalar_one())
-        return msgspec.structs.replace(batch, order=order)
+    async def add_batch(self, batch: Batch, idempotency: Idempotency | None = None) -> Batch:
+        """Remember a new batch; return it with its place in the order of creation.
+
+        A key that has come before returns the batch made then, as it was at its creation. Raises KeyReused when it
+        came with another request.
+        """
+
+        def write(connection: sa.Connection) -> Batch:
+            if idempotency is not None:
+                same_key = batches.c.account_id == batch.account_id, batches.c.idempotency_key == idempotency.key
+                known = connection.execute(batches.select().where(*same_key)).mappings().first()
+                if known is not None and known["idempotency_digest"] != idempotency.digest:
+                    raise KeyReused("an idempotency key has come with another request")
+                if known is not None:
+                    return _as_created(_batch(known))
+            statement = batches.insert().values(**_new_batch(batch, idempotency)).returning(batches.c.order)
+            return msgspec.structs.replace(batch, order=connection.execute(statement).scalar_one())
+
+        return await self._database.write(write)
 
     async def batch(self, batch_id: str, account_id: str) -> Batch | None:
         """Return a batch of this account; another account's is as good as none."""
@@ -299,11 +313,41 @@ class Metadata:
         row = await self._database.read(lambda c: c.execute(_shard_totals(batch_id)).mappings().one())
         return _tally(row), row["unfinished"]
 
+    async def finished_parts(self, batch_id: str, result: Result) -> list[BlobRef]:
+        """Return the parts of one result file from the batch's first shard up to the first that is not done."""
+        unfinished = sa.select(sa.func.min(shards.c.position)).where(
+            shards.c.batch_id == batch_id, shards.c.state != ShardState.DONE.value
+        )
+        key, size = shards.c[f"{result}_key"], shards.c[f"{result}_bytes"]
+
+        def read(connection: sa.Connection) -> list[BlobRef]:
+            first = connection.scalar(unfinished)
+            query = sa.select(key, size).where(shards.c.batch_id == batch_id, key.is_not(None))
+            if first is not None:
+                query = query.where(shards.c.position < first)
+            return [BlobRef(*row) for row in connection.execute(query.order_by(shards.c.position))]
+
+        return await self._database.read(read)
+
     async def _one_batch(self, *where: sa.ColumnElement[bool]) -> Batch | None:
         row = await self._database.read(lambda c: c.execute(batches.select().where(*where)).mappings().first())
         return _batch(row) if row else None
 
 
+_SET_AT_CREATION = (
+    "id",
+    "order",
+    "account_id",
+    "job_id",
+    "endpoint",
+    "input_file_id",
+    "completion_window",
+    "expires_at",
+    "metadata",
+    "on_invalid",
+    "retry_of",
+    "output_expires_after_s",
+)
 _TALLY_COLUMNS = (
     "completed",
     "failed",
@@ -313,6 +357,34 @@ _TALLY_COLUMNS = (
     "output_tokens",
     "reasoning_tokens",
 )
+
+
+def _new_batch(batch: Batch, idempotency: Idempotency | None) -> dict[str, Any]:
+    return {
+        "id": batch.id,
+        "account_id": batch.account_id,
+        "job_id": batch.job_id,
+        "endpoint": batch.endpoint.value,
+        "input_file_id": batch.input_file_id,
+        "completion_window": batch.completion_window,
+        "status": batch.status.value,
+        "created_at": batch.stamps.created_at,
+        "expires_at": batch.expires_at,
+        "metadata": None if batch.metadata is None else msgspec.json.encode(batch.metadata).decode(),
+        "on_invalid": batch.on_invalid.value,
+        "retry_of": batch.retry_of,
+        "output_expires_after_s": batch.output_expires_after_s,
+        "idempotency_key": idempotency and idempotency.key,
+        "idempotency_digest": idempotency and idempotency.digest,
+    }
+
+
+def _as_created(batch: Batch) -> Batch:
+    return Batch(
+        **{name: getattr(batch, name) for name in _SET_AT_CREATION},
+        status=BatchStatus.VALIDATING,
+        stamps=BatchStamps(created_at=batch.stamps.created_at),
+    )
 
 
 def _advance(connection: sa.Connection, batch: Batch, status: BatchStatus, now: int, **values: Any) -> None:

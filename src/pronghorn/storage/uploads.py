@@ -35,16 +35,20 @@ class Uploads:
 
     async def find(self, upload_id: str, account_id: str) -> Upload | None:
         """Return an upload of this account; another account's is as good as none."""
-        query = uploads.select().where(uploads.c.id == upload_id, uploads.c.account_id == account_id)
-        row = await self._database.read(lambda c: c.execute(query).mappings().first())
-        return _upload(row) if row else None
+        return await self._database.read(lambda c: _find(c, upload_id, account_id))
 
-    async def parts(self, upload_id: str) -> dict[str, BlobRef]:
-        """Return the blobs of the parts that have arrived whole, by part id."""
+    async def find_with_parts(self, upload_id: str, account_id: str) -> tuple[Upload, dict[str, BlobRef]] | None:
+        """Return an upload of this account and, by part id, the blobs of its parts that have arrived whole."""
         columns = (upload_parts.c.id, upload_parts.c.key, upload_parts.c.bytes)
-        query = sa.select(*columns).where(upload_parts.c.upload_id == upload_id, upload_parts.c.bytes.is_not(None))
-        rows = await self._database.read(lambda c: c.execute(query).all())
-        return {part_id: BlobRef(key, size) for part_id, key, size in rows}
+        whole = upload_parts.c.upload_id == upload_id, upload_parts.c.bytes.is_not(None)
+
+        def read(connection: sa.Connection) -> tuple[Upload, dict[str, BlobRef]] | None:
+            if (upload := _find(connection, upload_id, account_id)) is None:
+                return None
+            rows = connection.execute(sa.select(*columns).where(*whole))
+            return upload, {part_id: BlobRef(key, size) for part_id, key, size in rows}
+
+        return await self._database.read(read)
 
     async def count_parts(self, upload_id: str) -> int:
         """Return how many parts there are, those that stream in included."""
@@ -131,6 +135,12 @@ class Uploads:
 def digest(part_ids: Sequence[str]) -> str:
     """Return what tells one ordered list of parts from another."""
     return hashlib.sha256("\n".join(part_ids).encode()).hexdigest()
+
+
+def _find(connection: sa.Connection, upload_id: str, account_id: str) -> Upload | None:
+    query = uploads.select().where(uploads.c.id == upload_id, uploads.c.account_id == account_id)
+    row = connection.execute(query).mappings().first()
+    return _upload(row) if row else None
 
 
 def _require_pending(connection: sa.Connection, upload_id: str, now: int) -> None:

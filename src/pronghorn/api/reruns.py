@@ -1,0 +1,106 @@
+"""/v1/batches/{batch_id}/retry: only what failed, again. An extension of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from pronghorn.api import wire
+from pronghorn.api.auth import caller
+from pronghorn.api.launch import IdempotencyKey, Launcher, find_batch
+from pronghorn.clock import Clock
+from pronghorn.domain.lifecycle import TERMINAL
+from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File
+from pronghorn.domain.planning import RawLine, split_lines
+from pronghorn.domain.selection import Selection, select
+from pronghorn.errors import Conflict, InvalidRequest
+from pronghorn.ids import Ids
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.files import Files
+from pronghorn.storage.metadata import Metadata
+
+
+def routes(
+    metadata: Metadata,
+    files: Files,
+    blobs: Blobs,
+    launcher: Launcher,
+    clock: Clock,
+    ids: Ids,
+    *,
+    line_bytes_max: int,
+) -> APIRouter:
+    """Return the route that retries."""
+    router = APIRouter(tags=["Batch"])
+
+    @router.post("/v1/batches/{batch_id}/retry")
+    async def retry_batch(
+        batch_id: str,
+        body: wire.RetryBatch,
+        account_id: Annotated[str, Depends(caller)],
+        idempotency_key: IdempotencyKey = None,
+    ) -> wire.BatchObject:
+        """Run the lines of an ended batch that failed or were not run, or some of them, as a new batch."""
+        old = await find_batch(metadata, batch_id, account_id)
+        if old.status not in TERMINAL:
+            raise Conflict(f"Cannot retry a batch with status '{old.status}': wait for its end, or cancel it.")
+        selection = Selection(frozenset(body.codes), frozenset(body.status_codes), body.overrides)
+        file = await failed_lines(old, selection)
+        path = f"/v1/batches/{batch_id}/retry"
+        launched = await launcher.launch(again(old, file, body), path, body, idempotency_key)
+        if launched.input_file_id != file.id:
+            await files.delete(file.id, account_id)  # the request has been sent before
+        return wire.batch_object(launched)
+
+    async def failed_lines(old: Batch, selection: Selection) -> File:
+        """Store the lines to run again as a file of their own."""
+        source = await files.find(old.input_file_id, old.account_id)
+        errors = old.error_file_id and await files.find(old.error_file_id, old.account_id)
+        if source is None or not errors:
+            raise InvalidRequest("There is nothing to retry: the batch has no failed lines, or its files are gone.")
+        lines, results = await lines_of(source), await lines_of(errors)
+        file_id = ids.new("file-")
+        size = await asyncio.to_thread(store, f"files/{file_id}", lines, results, selection)
+        if not size:
+            raise InvalidRequest("There is nothing to retry: no failed line has one of these codes or statuses.")
+        file = File(file_id, old.account_id, "batch", f"{old.id}_retry.jsonl", size, clock.now())
+        await files.add(file, [BlobRef(f"files/{file_id}", size)])
+        return file
+
+    async def lines_of(file: File) -> Iterable[RawLine]:
+        refs = await files.blobs(file.id)
+        return split_lines(blobs.read_blocking(refs, 0, file.bytes), line_bytes_max=line_bytes_max)
+
+    def store(key: str, lines: Iterable[RawLine], results: Iterable[RawLine], selection: Selection) -> int:
+        with blobs.writer(key) as writer:
+            for line in select(lines, results, selection):
+                writer.write(line)
+            if writer.bytes:
+                writer.commit()
+            return writer.bytes
+
+    def again(old: Batch, file: File, body: wire.RetryBatch) -> Batch:
+        now = clock.now()
+        window = body.completion_window or old.completion_window
+        window_s = wire.window_seconds(window)
+        return Batch(
+            id=ids.new("batch_"),
+            order=0,
+            account_id=old.account_id,
+            job_id=old.job_id,
+            endpoint=Endpoint(old.endpoint),
+            input_file_id=file.id,
+            completion_window=window,
+            status=BatchStatus.VALIDATING,
+            stamps=BatchStamps(created_at=now),
+            expires_at=None if window_s is None else now + window_s,
+            metadata=old.metadata if body.metadata is None else body.metadata,
+            on_invalid=old.on_invalid,
+            retry_of=old.id,
+            output_expires_after_s=old.output_expires_after_s,
+        )
+
+    return router

@@ -1,0 +1,306 @@
+"""/v1/uploads: a large file in parts, which may come in any order and in parallel. docs/WIRE.md has our choices."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NoReturn
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from pronghorn.api import intake, multipart, wire
+from pronghorn.api.auth import caller
+from pronghorn.clock import Clock
+from pronghorn.domain.model import BlobRef, File
+from pronghorn.domain.uploads import Upload, UploadPart, UploadStatus
+from pronghorn.errors import Fenced, InvalidRequest, NotFound, NotStored
+from pronghorn.ids import Ids
+from pronghorn.limits import (
+    FILE_CHUNK_BYTES,
+    UPLOAD_BYTES_MAX,
+    UPLOAD_LIFETIME_S,
+    UPLOAD_PART_BYTES_MAX,
+    UPLOAD_PARTS_MAX,
+)
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.files import Files
+from pronghorn.storage.uploads import Uploads, digest
+
+# What programs call a JSONL file, and what they say when they do not know; charset and the like are ignored.
+BATCH_MIME_TYPES = frozenset(
+    {
+        "application/jsonl",
+        "application/x-jsonl",
+        "application/jsonlines",
+        "application/x-jsonlines",
+        "application/ndjson",
+        "application/x-ndjson",
+        "application/json",
+        "application/octet-stream",
+        "text/jsonl",
+        "text/plain",
+    }
+)
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CreateUpload(_Request):
+    """A file to be sent in parts."""
+
+    filename: Annotated[str, StringConstraints(min_length=1)]
+    purpose: Annotated[str, Field(json_schema_extra={"enum": list(intake.PURPOSES)})]
+    bytes: Annotated[int, Field(ge=1, le=UPLOAD_BYTES_MAX, description="The size of the whole file.")]
+    mime_type: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    expires_after: wire.ExpiresAfter | None = None
+
+
+class CompleteUpload(_Request):
+    """The parts in the order in which they make the file."""
+
+    part_ids: Annotated[list[str], Field(max_length=UPLOAD_PARTS_MAX)]
+    md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
+
+
+class UploadObject(BaseModel):
+    """An upload; `file` is there once it is completed."""
+
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: UploadStatus
+    expires_at: int
+    file: wire.FileObject | None
+
+
+class UploadPartObject(BaseModel):
+    """A part of an upload."""
+
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+def routes(uploads: Uploads, files: Files, blobs: Blobs, clock: Clock, ids: Ids) -> APIRouter:
+    """Return the routes of the Uploads API."""
+    router = APIRouter(tags=["Uploads"])
+
+    @router.post("/v1/uploads")
+    async def create_upload(body: CreateUpload, account_id: Annotated[str, Depends(caller)]) -> UploadObject:
+        """Announce a file that will be sent in parts within an hour."""
+        upload = _new_upload(ids.new("upload_"), account_id, body, clock.now())
+        await uploads.add(upload)
+        return _upload_object(upload, None)
+
+    @router.post("/v1/uploads/{upload_id}/parts", openapi_extra={"requestBody": _PART_BODY})
+    async def add_part(
+        upload_id: str, request: Request, account_id: Annotated[str, Depends(caller)]
+    ) -> UploadPartObject:
+        """Store a part as it streams in; parts may come in any order and in parallel."""
+        upload = await find_pending(upload_id, account_id, "add a part to")
+        if await uploads.count_parts(upload_id) >= UPLOAD_PARTS_MAX:
+            raise InvalidRequest(f"An upload has at most {UPLOAD_PARTS_MAX} parts.", code="too_many_parts")
+        part_id = ids.new("part_")
+        part = UploadPart(part_id, upload.id, account_id, f"parts/{part_id}", clock.now())
+        try:
+            await receive(part, request)
+        except Fenced as fenced:
+            await find_pending(upload_id, account_id, "add a part to")
+            raise InvalidRequest(f"The part was given up: {fenced}.", code="part_dropped") from fenced
+        return UploadPartObject(id=part.id, created_at=part.created_at, upload_id=part.upload_id)
+
+    @router.post("/v1/uploads/{upload_id}/complete")
+    async def complete_upload(
+        upload_id: str, body: CompleteUpload, account_id: Annotated[str, Depends(caller)]
+    ) -> UploadObject:
+        """Make the parts, in the order given, a file; to repeat this changes nothing and has the same answer."""
+        upload, stored = await uploads.find_with_parts(upload_id, account_id) or not_found(upload_id)
+        if upload.status is not UploadStatus.COMPLETED:
+            _require_pending(upload, clock.now(), "complete")
+            upload = await complete(upload, body, _in_order(body.part_ids, stored, upload.bytes))
+        if upload.part_ids_digest != digest(body.part_ids):
+            message = f"The upload '{upload_id}' has already been completed with other parts."
+            raise InvalidRequest(message, param="part_ids", code="upload_completed")
+        file = await files.find(upload.file_id, account_id) if upload.file_id else None
+        return _upload_object(upload, file)
+
+    @router.post("/v1/uploads/{upload_id}/cancel")
+    async def cancel_upload(upload_id: str, account_id: Annotated[str, Depends(caller)]) -> UploadObject:
+        """Give an upload and its parts up; to repeat this changes nothing."""
+        upload = await find(upload_id, account_id)
+        if upload.status is not UploadStatus.CANCELLED:
+            _require_pending(upload, clock.now(), "cancel")
+            try:
+                upload = await uploads.cancel(upload)
+            except Fenced:  # it has ended meanwhile, for good: look once more
+                return await cancel_upload(upload_id, account_id)
+        return _upload_object(upload, None)
+
+    async def receive(part: UploadPart, request: Request) -> None:
+        """Store a part's bytes; whatever goes wrong, nothing of them is left."""
+        headers = dict(request.headers)
+        try:
+            await uploads.begin_part(part, clock.now())
+            with await asyncio.to_thread(blobs.writer, part.key) as writer:
+                form = await multipart.receive(
+                    headers, request.stream(), writer, file_field="data", file_bytes_max=UPLOAD_PART_BYTES_MAX
+                )
+                _check_part(form, writer.bytes)
+                await asyncio.to_thread(writer.commit)
+            await uploads.store_part(part, writer.bytes, clock.now())
+        except BaseException:
+            await uploads.drop_part(part)
+            raise
+
+    async def complete(upload: Upload, body: CompleteUpload, refs: list[BlobRef]) -> Upload:
+        """Return the upload once it is completed, by this request or by another at the same time."""
+        try:
+            await check_content(upload, refs, body.md5)
+            now = clock.now()
+            expires_at = None if upload.file_expires_after_s is None else now + upload.file_expires_after_s
+            file_id = ids.new("file-")
+            file = File(file_id, upload.account_id, upload.purpose, upload.filename, upload.bytes, now, expires_at)
+            return await uploads.complete(upload, body.part_ids, file, refs)
+        except (Fenced, NotStored):
+            ended = await find(upload.id, upload.account_id)
+            if ended.status is UploadStatus.PENDING:
+                raise  # its parts are gone although nothing removed them
+            if ended.status is not UploadStatus.COMPLETED:
+                _require_pending(ended, clock.now(), "complete")
+            return ended
+
+    async def check_content(upload: Upload, refs: list[BlobRef], md5: str | None) -> None:
+        """Raise InvalidRequest unless the parts' bytes are what they should be."""
+        if upload.purpose == "batch":
+            end = min(upload.bytes, FILE_CHUNK_BYTES)
+            head = b"".join([chunk async for chunk in blobs.read(refs, 0, end)])
+            intake.check_batch_head(head, upload.bytes)
+        if md5 is not None and (found := await _md5(blobs, refs, upload.bytes)) != md5.lower():
+            message = f"The MD5 of the parts in this order is {found}, but {md5} was expected."
+            raise InvalidRequest(message, param="md5", code="md5_mismatch")
+
+    async def find(upload_id: str, account_id: str) -> Upload:
+        return await uploads.find(upload_id, account_id) or not_found(upload_id)
+
+    async def find_pending(upload_id: str, account_id: str, purpose: str) -> Upload:
+        upload = await find(upload_id, account_id)
+        _require_pending(upload, clock.now(), purpose)
+        return upload
+
+    def not_found(upload_id: str) -> NoReturn:
+        raise NotFound(f"No such Upload object: {upload_id}", param="id")
+
+    return router
+
+
+def _new_upload(upload_id: str, account_id: str, body: CreateUpload, now: int) -> Upload:
+    """Return the upload that a request announces, once its file is one that can be accepted."""
+    intake.check_purpose(body.purpose)
+    filename = intake.plain_name(body.filename)
+    if body.purpose == "batch":
+        intake.check_batch_name(filename)
+        if body.mime_type.partition(";")[0].strip().lower() not in BATCH_MIME_TYPES:
+            message = f"Invalid 'mime_type': '{body.mime_type}'. A file for the Batch API is 'application/jsonl'."
+            raise InvalidRequest(message, param="mime_type", code="invalid_value")
+    return Upload(
+        id=upload_id,
+        account_id=account_id,
+        filename=filename,
+        purpose=body.purpose,
+        mime_type=body.mime_type,
+        bytes=body.bytes,
+        status=UploadStatus.PENDING,
+        created_at=now,
+        expires_at=now + UPLOAD_LIFETIME_S,
+        file_expires_after_s=body.expires_after.seconds if body.expires_after else None,
+    )
+
+
+def _require_pending(upload: Upload, now: int, purpose: str) -> None:
+    status = upload.status_at(now)
+    if status is not UploadStatus.PENDING:
+        raise InvalidRequest(f"Cannot {purpose} an upload with status '{status}'.", code=f"upload_{status}")
+
+
+def _check_part(form: multipart.Form, size: int) -> None:
+    if form.filename is None:
+        raise InvalidRequest("Missing required parameter: 'data'.", param="data", code="missing_required_parameter")
+    for name in form.fields:
+        raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+    if size == 0:
+        raise InvalidRequest("Invalid 'data': a part holds at least one byte.", param="data", code="invalid_value")
+
+
+def _in_order(part_ids: Sequence[str], stored: Mapping[str, BlobRef], size: int) -> list[BlobRef]:
+    """Return the blobs of the parts in the order given.
+
+    Raises InvalidRequest unless each part is one of the upload's, named once, and together they have `size` bytes.
+    """
+    refs: dict[str, BlobRef] = {}
+    for part_id in part_ids:
+        if part_id not in stored:
+            message = f"No such Part object in this upload: {part_id}"
+            raise InvalidRequest(message, param="part_ids", code="part_not_found")
+        if part_id in refs:
+            message = f"Invalid 'part_ids': '{part_id}' is in it more than once."
+            raise InvalidRequest(message, param="part_ids", code="duplicate_part")
+        refs[part_id] = stored[part_id]
+    total = sum(ref.bytes for ref in refs.values())
+    if total != size:
+        message = f"The parts have {total} bytes together, but the upload was announced with {size} bytes."
+        raise InvalidRequest(message, param="part_ids", code="bytes_mismatch")
+    return list(refs.values())
+
+
+async def _md5(blobs: Blobs, refs: Sequence[BlobRef], size: int) -> str:
+    """Return the MD5 of blobs laid end to end, in lower-case hex."""
+    abandoned = threading.Event()
+
+    def read() -> str:
+        md5 = hashlib.md5(usedforsecurity=False)
+        for chunk in blobs.read_blocking(refs, 0, size):
+            if abandoned.is_set():
+                break
+            md5.update(chunk)
+        return md5.hexdigest()
+
+    try:
+        return await asyncio.to_thread(read)
+    finally:
+        abandoned.set()  # the thread outlives a cancelled request unless it is told
+
+
+def _upload_object(upload: Upload, file: File | None) -> UploadObject:
+    return UploadObject(
+        id=upload.id,
+        bytes=upload.bytes,
+        created_at=upload.created_at,
+        filename=upload.filename,
+        purpose=upload.purpose,
+        status=upload.status,
+        expires_at=upload.expires_at,
+        file=wire.file_object(file) if file else None,
+    )
+
+
+_PART_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["data"],
+                "properties": {"data": {"type": "string", "format": "binary"}},
+            }
+        }
+    },
+}

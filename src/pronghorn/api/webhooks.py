@@ -1,0 +1,360 @@
+"""/v1/webhook_endpoints: who is told when a batch ends. OpenAI's API, and a log of deliveries as an extension."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
+
+from pronghorn.api.auth import caller
+from pronghorn.clock import Clock
+from pronghorn.domain.addresses import AllowedHosts, Refused, judge_url
+from pronghorn.domain.webhooks import Delivery, DeliveryState, Event, EventType, NoReply, Reply, WebhookEndpoint
+from pronghorn.errors import InvalidRequest, NotFound
+from pronghorn.ids import Ids
+from pronghorn.storage.webhooks import ENDPOINTS_PER_ACCOUNT_MAX, Webhooks
+
+# Standard Webhooks asks for 24 to 64 bytes.
+SECRET_BYTES = 32
+KEEP_OLD_SECRET_S = 24 * 3600
+URL_CHARS_MAX = 2048
+# What a test event names: the shape of a batch's id, and no batch's.
+TEST_BATCH_ID = "batch_" + "0" * 32
+
+Send = Callable[[WebhookEndpoint, Event, str], Awaitable[Reply | NoReply]]
+
+
+class WebhookEndpointObject(BaseModel):
+    """Where an account's events go; `disabled_at` is when the receiver answered 410 Gone."""
+
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    created_at: int
+    updated_at: int | None
+    name: str
+    url: str
+    event_types: list[str]
+    signing_secret_hint: str | None
+    disabled_at: int | None
+
+
+class WebhookEndpointWithSecret(WebhookEndpointObject):
+    """An endpoint whose signing secret is new; it is shown this once."""
+
+    signing_secret: str
+
+
+class WebhookEndpointList(BaseModel):
+    """One page of endpoints, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[WebhookEndpointObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedWebhookEndpoint(BaseModel):
+    """The endpoint that is no more."""
+
+    id: str
+    object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
+    deleted: bool = True
+
+
+class WebhookEndpointTestResult(BaseModel):
+    """What the receiver of a test event answered; `success` is that it answered at all."""
+
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: Literal[True] = True
+
+
+class WebhookEventTypeList(BaseModel):
+    """Every event that an endpoint can be told."""
+
+    object: Literal["list"] = "list"
+    data: list[str]
+
+
+class WebhookDeliveryObject(BaseModel):
+    """One event on its way to one endpoint; `id` is the receiver's `webhook-id`."""
+
+    id: str
+    object: Literal["webhook_delivery"] = "webhook_delivery"
+    webhook_endpoint_id: str
+    event_id: str
+    event_type: str
+    batch_id: str
+    created_at: int
+    state: DeliveryState
+    attempts: int
+    last_status_code: int | None
+    last_error: str | None
+    next_attempt_at: int | None
+    delivered_at: int | None
+
+
+class WebhookDeliveryList(BaseModel):
+    """One page of deliveries, newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[WebhookDeliveryObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @field_validator("event_types", check_fields=False)
+    @classmethod
+    def _are_known(cls, value: list[str]) -> list[str]:
+        for event_type in value:
+            _known(event_type)
+        return list(dict.fromkeys(value))
+
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_Url = Annotated[str, StringConstraints(max_length=URL_CHARS_MAX)]
+_EventType = Annotated[str, Field(json_schema_extra={"enum": [event_type.value for event_type in EventType]})]
+_EventTypes = Annotated[list[_EventType], Field(min_length=1)]
+
+
+class CreateWebhookEndpoint(_Request):
+    """A new endpoint."""
+
+    name: _Name
+    url: _Url
+    event_types: _EventTypes
+
+
+class UpdateWebhookEndpoint(_Request):
+    """What is to change; `event_types` replaces the whole set, and any `url` enables a disabled endpoint."""
+
+    name: _Name = Field(default_factory=str)
+    url: _Url = Field(default_factory=str)
+    event_types: _EventTypes = Field(default_factory=list)
+
+
+class RotateWebhookSecret(_Request):
+    """Whether receivers get a day in which either secret verifies."""
+
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class SendTestEvent(_Request):
+    """Which event to send as a test."""
+
+    event_type: _EventType
+
+    @field_validator("event_type")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        return _known(value)
+
+
+def routes(webhooks: Webhooks, clock: Clock, ids: Ids, *, allowed: AllowedHosts, send: Send) -> APIRouter:
+    """Return the routes of webhooks; `send` makes one attempt to bring an event to an endpoint."""
+    router = APIRouter(tags=["Webhooks"])
+    _add_endpoint_routes(router, webhooks, clock, ids, allowed)
+    _add_use_routes(router, webhooks, clock, ids, send)
+    return router
+
+
+def _add_endpoint_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, ids: Ids, allowed: AllowedHosts) -> None:
+    @router.post("/v1/webhook_endpoints")
+    async def create_webhook_endpoint(
+        body: CreateWebhookEndpoint, account_id: Annotated[str, Depends(caller)]
+    ) -> WebhookEndpointWithSecret:
+        """Make an endpoint and show its signing secret."""
+        _check_url(body.url, allowed)
+        now = clock.now()
+        endpoint = WebhookEndpoint(
+            id=ids.new("whe_"),
+            account_id=account_id,
+            name=body.name,
+            url=body.url,
+            event_types=tuple(map(EventType, body.event_types)),
+            secret=_new_secret(),
+            created_at=now,
+            updated_at=now,
+        )
+        if not await webhooks.add_endpoint(endpoint):
+            raise InvalidRequest(
+                f"There are {ENDPOINTS_PER_ACCOUNT_MAX} webhook endpoints already, which is the most there can be.",
+                code="webhook_endpoint_limit_exceeded",
+            )
+        return _with_secret(endpoint)
+
+    @router.get("/v1/webhook_endpoints")
+    async def list_webhook_endpoints(
+        account_id: Annotated[str, Depends(caller)],
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+    ) -> WebhookEndpointList:
+        """Return a page of endpoints, newest first; the next page starts `after` the last id of this one."""
+        page = await webhooks.list_endpoints(account_id, limit=limit, after=after)
+        if page is None:
+            raise NotFound(f"No webhook endpoint found with id '{after}'.", param="after")
+        data = [_object(endpoint) for endpoint in page.endpoints]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=page.has_more)
+
+    @router.get("/v1/webhook_endpoints/{webhook_endpoint_id}")
+    async def retrieve_webhook_endpoint(
+        webhook_endpoint_id: str, account_id: Annotated[str, Depends(caller)]
+    ) -> WebhookEndpointObject:
+        """Return an endpoint, without its secret."""
+        return _object(_found(await webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id))
+
+    @router.post("/v1/webhook_endpoints/{webhook_endpoint_id}")
+    async def update_webhook_endpoint(
+        webhook_endpoint_id: str, body: UpdateWebhookEndpoint, account_id: Annotated[str, Depends(caller)]
+    ) -> WebhookEndpointObject:
+        """Change an endpoint."""
+        changes = body.model_dump(include=body.model_fields_set)
+        if "url" in changes:
+            _check_url(body.url, allowed)
+        if "event_types" in changes:
+            changes["event_types"] = tuple(map(EventType, body.event_types))
+        updated = await webhooks.update_endpoint(webhook_endpoint_id, account_id, clock.now(), **changes)
+        return _object(_found(updated, webhook_endpoint_id))
+
+    @router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")
+    async def delete_webhook_endpoint(
+        webhook_endpoint_id: str, account_id: Annotated[str, Depends(caller)]
+    ) -> DeletedWebhookEndpoint:
+        """Forget an endpoint and everything that is on its way there."""
+        if not await webhooks.delete_endpoint(webhook_endpoint_id, account_id):
+            raise _not_found(webhook_endpoint_id)
+        return DeletedWebhookEndpoint(id=webhook_endpoint_id)
+
+
+def _add_use_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, ids: Ids, send: Send) -> None:
+    @router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
+    async def rotate_webhook_secret(
+        webhook_endpoint_id: str,
+        account_id: Annotated[str, Depends(caller)],
+        body: RotateWebhookSecret | None = None,
+    ) -> WebhookEndpointWithSecret:
+        """Give an endpoint a new signing secret and show it."""
+        keep_old = body is not None and body.keep_old_secret_active_for_24_hours
+        rotated = await webhooks.rotate_secret(
+            webhook_endpoint_id,
+            account_id,
+            _new_secret(),
+            clock.now(),
+            keep_old_s=KEEP_OLD_SECRET_S if keep_old else 0,
+        )
+        return _with_secret(_found(rotated, webhook_endpoint_id))
+
+    @router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test")
+    async def test_webhook_endpoint(
+        webhook_endpoint_id: str, body: SendTestEvent, account_id: Annotated[str, Depends(caller)]
+    ) -> WebhookEndpointTestResult:
+        """Send a made-up event once, now, and return what the receiver answered."""
+        endpoint = _found(await webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id)
+        event = Event(ids.new("evt_"), EventType(body.event_type), clock.now(), TEST_BATCH_ID)
+        reply = await send(endpoint, event, ids.new("wh_"))
+        if isinstance(reply, NoReply):
+            raise InvalidRequest(f"The test event was not delivered: {reply.reason}.", code="webhook_test_failed")
+        return WebhookEndpointTestResult(
+            webhook_endpoint_id=endpoint.id, event_type=body.event_type, status_code=reply.status
+        )
+
+    @router.get("/v1/webhook_endpoints/{webhook_endpoint_id}/deliveries")
+    async def list_webhook_deliveries(
+        webhook_endpoint_id: str,
+        account_id: Annotated[str, Depends(caller)],
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+    ) -> WebhookDeliveryList:
+        """Return a page of what was sent or is to be sent to an endpoint, newest first."""
+        _found(await webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id)
+        page = await webhooks.list_deliveries(webhook_endpoint_id, limit=limit, after=after)
+        if page is None:
+            raise NotFound(f"No webhook delivery found with id '{after}'.", param="after")
+        data = [_delivery_object(delivery) for delivery in page.deliveries]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return WebhookDeliveryList(data=data, first_id=first, last_id=last, has_more=page.has_more)
+
+    @router.get("/v1/webhook_event_types")
+    async def list_webhook_event_types(_: Annotated[str, Depends(caller)]) -> WebhookEventTypeList:
+        """Return every event that an endpoint can be told."""
+        return WebhookEventTypeList(data=[event_type.value for event_type in EventType])
+
+
+def _known(event_type: str) -> str:
+    known = [known.value for known in EventType]
+    if event_type not in known:
+        *first, last = [f"'{value}'" for value in known]
+        raise PydanticCustomError(
+            "invalid_value",
+            "Invalid value: '{value}'. Supported values are: {supported}.",
+            {"value": event_type, "supported": f"{', '.join(first)}, and {last}"},
+        )
+    return event_type
+
+
+def _check_url(url: str, allowed: AllowedHosts) -> None:
+    judged = judge_url(url, allowed)
+    if isinstance(judged, Refused):
+        raise InvalidRequest(f"Invalid 'url': it {judged.reason}.", param="url", code="invalid_value")
+
+
+def _found(endpoint: WebhookEndpoint | None, endpoint_id: str) -> WebhookEndpoint:
+    if endpoint is None:
+        raise _not_found(endpoint_id)
+    return endpoint
+
+
+def _not_found(endpoint_id: str) -> NotFound:
+    return NotFound(f"No webhook endpoint found with id '{endpoint_id}'.")
+
+
+def _new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+
+
+def _object(endpoint: WebhookEndpoint) -> WebhookEndpointObject:
+    return WebhookEndpointObject(
+        id=endpoint.id,
+        created_at=endpoint.created_at,
+        updated_at=endpoint.updated_at,
+        name=endpoint.name,
+        url=endpoint.url,
+        event_types=list(endpoint.event_types),
+        signing_secret_hint=f"whsec_...{endpoint.secret.rstrip('=')[-4:]}",
+        disabled_at=endpoint.disabled_at,
+    )
+
+
+def _with_secret(endpoint: WebhookEndpoint) -> WebhookEndpointWithSecret:
+    return WebhookEndpointWithSecret(**_object(endpoint).model_dump(), signing_secret=endpoint.secret)
+
+
+def _delivery_object(delivery: Delivery) -> WebhookDeliveryObject:
+    event = delivery.event
+    return WebhookDeliveryObject(
+        id=delivery.id,
+        webhook_endpoint_id=delivery.endpoint_id,
+        event_id=event.id,
+        event_type=event.type.value,
+        batch_id=event.batch_id,
+        created_at=event.created_at,
+        state=delivery.state,
+        attempts=delivery.attempts,
+        last_status_code=delivery.last_status,
+        last_error=delivery.last_error,
+        next_attempt_at=delivery.next_attempt_at,
+        delivered_at=delivery.delivered_at,
+    )

@@ -1,0 +1,72 @@
+"""Reading a batch's input whole: what is wrong with it, what there is to run, and in which shards."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from functools import partial
+
+from pronghorn.domain.model import Batch
+from pronghorn.domain.planning import Census, Plan, Rejection, plan_file
+from pronghorn.domain.validation import Problem, Rules
+from pronghorn.engines.base import EnginePool
+from pronghorn.errors import NotStored
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.files import Files
+
+
+class _Abandoned(Exception):
+    """Nobody waits for the plan any more."""
+
+
+class InputChecker:
+    """Plans batches from their input files."""
+
+    def __init__(self, files: Files, blobs: Blobs, engines: EnginePool, *, line_bytes_max: int) -> None:
+        self._files = files
+        self._blobs = blobs
+        self._engines = engines
+        self._line_bytes_max = line_bytes_max
+
+    async def check(self, batch: Batch, census: Census | None = None) -> Plan | Rejection:
+        """Check every line of a batch's input; `census`, if given, is filled with what there is to run."""
+        file = await self._files.find(batch.input_file_id, batch.account_id)
+        if file is None:
+            return _missing(batch)
+        if file.purpose != "batch":
+            return _wrong_purpose(file.id, file.purpose)
+        refs = await self._files.blobs(file.id)
+        abandoned = threading.Event()
+
+        def chunks() -> Iterator[bytes]:
+            for chunk in self._blobs.read_blocking(refs, 0, file.bytes):
+                if abandoned.is_set():
+                    raise _Abandoned
+                yield chunk
+
+        plan = partial(
+            plan_file,
+            chunks,
+            file.bytes,
+            Rules(batch.endpoint, partial(self._engines.answers, batch.endpoint)),
+            line_bytes_max=self._line_bytes_max,
+            on_invalid=batch.on_invalid,
+            census=census,
+        )
+        try:
+            return await asyncio.to_thread(plan)
+        except NotStored:
+            return _missing(batch)
+        finally:
+            abandoned.set()  # the thread outlives a cancelled task unless it is told
+
+
+def _missing(batch: Batch) -> Rejection:
+    message = f"Cannot find file {batch.input_file_id}, or organization {batch.account_id} does not have access to it."
+    return Rejection([Problem("invalid_request", message, "file_id", None)], 0)
+
+
+def _wrong_purpose(file_id: str, purpose: str) -> Rejection:
+    message = f"File {file_id} has purpose '{purpose}'; a batch needs one with purpose 'batch'."
+    return Rejection([Problem("invalid_request", message, "file_id", None)], 0)

@@ -1,0 +1,50 @@
+"""Ends what has run out and removes what nothing refers to any more.
+
+Whoever stops referring to a blob marks it for removal in the same transaction; here it is removed from storage, and
+only then is the mark taken away, so a crash at any point forgets no blob and removes none that is in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pronghorn.clock import Clock
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.files import Files
+from pronghorn.storage.uploads import Uploads
+
+log = logging.getLogger("pronghorn.maintenance")
+
+# How late an end is noted and room given back; what has run out is refused from that second on.
+SWEEP_INTERVAL_S = 60
+
+
+class Maintenance:
+    """The one housekeeper of a server."""
+
+    def __init__(self, files: Files, uploads: Uploads, blobs: Blobs, clock: Clock) -> None:
+        self._files = files
+        self._uploads = uploads
+        self._blobs = blobs
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Sweep at once and then at intervals; a sweep that fails is logged, and the next one does its work."""
+        while True:
+            try:
+                await self.sweep()
+            except Exception:
+                log.exception("a sweep failed; the next is in %s s", SWEEP_INTERVAL_S)
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def sweep(self) -> None:
+        """End what has run out, then remove every blob that is marked for removal."""
+        await self._uploads.expire(self._clock.now())
+        await self._remove_blobs()
+
+    async def _remove_blobs(self) -> None:
+        while keys := await self._files.removals():
+            for key in keys:
+                await self._blobs.delete(key)
+            await self._files.removed(keys)

@@ -1,0 +1,291 @@
+"""Uploads in the database: every transition, what a part may still do after each, and which blobs are removed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from pronghorn.control.maintenance import Maintenance
+from pronghorn.domain.model import BlobRef, File
+from pronghorn.domain.uploads import Upload, UploadPart, UploadStatus
+from pronghorn.errors import Fenced
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.database import Database
+from pronghorn.storage.files import Files
+from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.tables import upload_parts
+from pronghorn.storage.uploads import Uploads, digest
+
+ACCOUNT = "org-test"
+START, LIFETIME_S = 1_000_000, 3600
+END = START + LIFETIME_S
+
+
+class FakeClock:
+    """Wall time that stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.time = START
+
+    def now(self) -> int:
+        return self.time
+
+    def monotonic(self) -> float:
+        return float(self.time)
+
+
+class World:
+    """Storage in a directory, and short ways to put uploads into it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.database = Database(sa.URL.create("sqlite", database=str(directory / "test.db")))
+        self.uploads, self.files = Uploads(self.database), Files(self.database)
+        self.blobs_dir = directory / "blobs"
+        self.blobs = Blobs(self.blobs_dir)
+        self.clock = FakeClock()
+        self.maintenance = Maintenance(self.files, self.uploads, self.blobs, self.clock)
+
+    async def upload(self, name: str, size: int = 10) -> Upload:
+        upload = Upload(
+            id=f"upload_{name}",
+            account_id=ACCOUNT,
+            filename="input.jsonl",
+            purpose="batch",
+            mime_type="application/jsonl",
+            bytes=size,
+            status=UploadStatus.PENDING,
+            created_at=START,
+            expires_at=END,
+        )
+        await self.uploads.add(upload)
+        return upload
+
+    async def begin(self, upload: Upload, name: str) -> UploadPart:
+        part = UploadPart(f"part_{name}", upload.id, ACCOUNT, f"parts/part_{name}", START)
+        await self.uploads.begin_part(part, self.clock.now())
+        return part
+
+    async def part(self, upload: Upload, name: str, data: bytes) -> UploadPart:
+        part = await self.begin(upload, name)
+        await asyncio.to_thread(self.store, part.key, data)
+        await self.uploads.store_part(part, len(data), self.clock.now())
+        return part
+
+    def store(self, key: str, data: bytes) -> None:
+        with self.blobs.writer(key) as writer:
+            writer.write(data)
+            writer.commit()
+
+    async def complete(self, upload: Upload, *parts: UploadPart) -> Upload:
+        _, stored = await self.uploads.find_with_parts(upload.id, ACCOUNT) or pytest.fail("there is no upload")
+        refs = [stored.get(part.id, BlobRef(part.key, 1)) for part in parts]
+        file = File(f"file-{upload.id}", ACCOUNT, "batch", upload.filename, sum(ref.bytes for ref in refs), START)
+        return await self.uploads.complete(upload, [part.id for part in parts], file, refs)
+
+    async def status(self, upload: Upload) -> UploadStatus:
+        found = await self.uploads.find(upload.id, ACCOUNT)
+        assert found is not None
+        return found.status
+
+    def stored(self) -> set[str]:
+        return {path.name for path in self.blobs_dir.rglob("*") if path.is_file()}
+
+    async def known_parts(self) -> set[str]:
+        return set(await self.database.read(lambda c: c.scalars(sa.select(upload_parts.c.id)).all()))
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = await asyncio.to_thread(World, tmp_path)
+    await Metadata(world.database).add_account(ACCOUNT, "test", START)
+    yield world
+    await world.database.close()
+
+
+ONLY = UploadPart("part_only", "upload_a", ACCOUNT, "parts/part_only", START)
+
+
+async def _expire(world: World, upload: Upload) -> None:
+    world.clock.time = upload.expires_at
+    await world.uploads.expire(world.clock.now())
+
+
+END_WAYS: dict[UploadStatus, Callable[[World, Upload], Awaitable[object]]] = {
+    UploadStatus.COMPLETED: lambda world, upload: world.complete(upload, ONLY),
+    UploadStatus.CANCELLED: lambda world, upload: world.uploads.cancel(upload),
+    UploadStatus.EXPIRED: _expire,
+}
+
+
+async def test_what_is_added_is_found_by_its_account_alone(world: World) -> None:
+    upload = await world.upload("a")
+    assert await world.uploads.find(upload.id, ACCOUNT) == upload
+    assert await world.uploads.find(upload.id, "org-other") is None
+    assert await world.uploads.find_with_parts(upload.id, "org-other") is None
+    assert await world.uploads.find("upload_b", ACCOUNT) is None
+
+
+async def test_completing_makes_the_parts_in_order_the_file_and_removes_the_others(world: World) -> None:
+    upload = await world.upload("a")
+    first, unused, second = [await world.part(upload, name, name.encode() * 5) for name in "bca"]
+    completed = await world.complete(upload, second, first)
+    assert completed.status is UploadStatus.COMPLETED
+    assert completed == await world.uploads.find(upload.id, ACCOUNT)
+    assert completed.part_ids_digest == digest([second.id, first.id]) != digest([first.id, second.id])
+    refs = await world.files.blobs(str(completed.file_id))
+    assert refs == [BlobRef(second.key, 5), BlobRef(first.key, 5)]
+    await world.maintenance.sweep()
+    assert world.stored() == {first.id, second.id}
+    assert b"".join([chunk async for chunk in world.blobs.read(refs, 0, 10)]) == b"aaaaabbbbb"
+    assert await world.known_parts() == set()
+    assert unused.id not in world.stored()
+
+
+@pytest.mark.parametrize("second", END_WAYS)
+@pytest.mark.parametrize("first", END_WAYS)
+async def test_an_upload_ends_once(world: World, first: UploadStatus, second: UploadStatus) -> None:
+    upload = await world.upload("a")
+    await world.part(upload, "only", b"12345")
+    await END_WAYS[first](world, upload)
+    ended = await world.uploads.find(upload.id, ACCOUNT)
+    if second is UploadStatus.EXPIRED:
+        await END_WAYS[second](world, upload)
+    else:
+        with pytest.raises(Fenced):
+            await END_WAYS[second](world, upload)
+    assert await world.uploads.find(upload.id, ACCOUNT) == ended
+    assert await world.status(upload) is first
+    assert (await world.files.find(f"file-{upload.id}", ACCOUNT) is not None) == (first is UploadStatus.COMPLETED)
+
+
+@pytest.mark.parametrize("way", END_WAYS)
+async def test_an_upload_that_has_ended_takes_no_part(world: World, way: UploadStatus) -> None:
+    upload = await world.upload("a")
+    await world.part(upload, "only", b"12345")
+    arriving = await world.begin(upload, "arriving")
+    await END_WAYS[way](world, upload)
+    with pytest.raises(Fenced):
+        await world.begin(upload, "late")
+    with pytest.raises(Fenced):
+        await world.uploads.store_part(arriving, 5, START)
+    await world.uploads.drop_part(arriving)
+    assert await world.known_parts() == set()
+
+
+async def test_an_upload_whose_time_is_over_takes_no_part_before_a_sweep_has_noted_it(world: World) -> None:
+    upload = await world.upload("a")
+    arriving = await world.begin(upload, "arriving")
+    world.clock.time = END
+    with pytest.raises(Fenced):
+        await world.begin(upload, "late")
+    with pytest.raises(Fenced):
+        await world.uploads.store_part(arriving, 5, END)
+    assert upload.status_at(END - 1) is UploadStatus.PENDING
+    assert upload.status_at(END) is UploadStatus.EXPIRED
+
+
+async def test_completing_with_a_part_that_is_gone_changes_nothing(world: World) -> None:
+    upload = await world.upload("a")
+    there = await world.part(upload, "there", b"12345")
+    gone = await world.part(upload, "gone", b"67890")
+    await world.uploads.drop_part(gone)
+    with pytest.raises(Fenced):
+        await world.complete(upload, there, gone)
+    assert await world.status(upload) is UploadStatus.PENDING
+    assert await world.files.find(f"file-{upload.id}", ACCOUNT) is None
+    assert await world.known_parts() == {there.id}
+
+
+async def test_a_part_that_streams_in_counts_but_cannot_be_used(world: World) -> None:
+    upload = await world.upload("a")
+    whole = await world.part(upload, "whole", b"12345")
+    await world.begin(upload, "arriving")
+    assert await world.uploads.find_with_parts(upload.id, ACCOUNT) == (upload, {whole.id: BlobRef(whole.key, 5)})
+    assert await world.uploads.count_parts(upload.id) == 2
+
+
+async def test_a_sweep_expires_uploads_in_time_and_removes_their_parts(world: World) -> None:
+    late = await world.upload("late")
+    await world.part(late, "late", b"12345")
+    world.clock.time = END - 1
+    await world.maintenance.sweep()
+    assert await world.status(late) is UploadStatus.PENDING
+    assert world.stored() == {"part_late"}
+    world.clock.time = END
+    await world.maintenance.sweep()
+    assert await world.status(late) is UploadStatus.EXPIRED
+    assert world.stored() == set()
+
+
+async def test_a_sweep_removes_the_parts_of_cancelled_uploads_and_no_others(world: World) -> None:
+    cancelled, pending = await world.upload("a"), await world.upload("b")
+    await world.part(cancelled, "a", b"12345")
+    await world.part(pending, "b", b"12345")
+    await world.uploads.cancel(cancelled)
+    await world.maintenance.sweep()
+    assert world.stored() == {"part_b"}
+    assert await world.known_parts() == {"part_b"}
+
+
+async def test_a_sweep_leaves_a_part_that_is_being_written_alone(world: World) -> None:
+    upload = await world.upload("a")
+    arriving = await world.begin(upload, "arriving")
+    writer = await asyncio.to_thread(world.blobs.writer, arriving.key)
+    await asyncio.to_thread(writer.write, b"12345")
+    await world.uploads.cancel(upload)
+    await world.maintenance.sweep()
+    await asyncio.to_thread(writer.commit)
+    with pytest.raises(Fenced):
+        await world.uploads.store_part(arriving, 5, START)
+    await world.uploads.drop_part(arriving)
+    await world.maintenance.sweep()
+    assert world.stored() == set()
+
+
+async def test_a_sweep_that_dies_between_the_blobs_and_their_marks_is_made_good_by_the_next(world: World) -> None:
+    upload = await world.upload("a")
+    for name in "bcd":
+        await world.part(upload, name, b"12345")
+    await world.uploads.cancel(upload)
+    await world.blobs.delete("parts/part_c")  # a sweep got this far, and its process was killed
+    await world.maintenance.sweep()
+    assert world.stored() == set()
+    assert await world.files.removals() == []
+
+
+async def test_what_a_killed_server_was_receiving_is_removed_at_the_next_start(world: World) -> None:
+    upload = await world.upload("a")
+    await world.part(upload, "whole", b"12345")
+    half, unnoted = await world.begin(upload, "half"), await world.begin(upload, "unnoted")
+    (world.blobs_dir / f"{half.key}.part").write_bytes(b"123")
+    (world.blobs_dir / unnoted.key).write_bytes(b"12345")
+    await world.uploads.drop_interrupted()
+    await world.maintenance.sweep()
+    assert world.stored() == {"part_whole"}
+    assert await world.status(upload) is UploadStatus.PENDING
+
+
+async def test_maintenance_sweeps_at_once_and_outlives_a_failed_sweep(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    upload = await world.upload("a")
+    await world.uploads.cancel(upload)
+    swept = asyncio.Event()
+
+    class Watched(Maintenance):
+        async def sweep(self) -> None:
+            await super().sweep()
+            swept.set()
+            raise OSError("the disk is gone")
+
+    running = asyncio.create_task(Watched(world.files, world.uploads, world.blobs, world.clock).run())
+    await swept.wait()
+    await asyncio.sleep(0)
+    assert not running.done()
+    assert "a sweep failed" in caplog.text
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

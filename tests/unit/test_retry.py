@@ -1,0 +1,326 @@
+"""What each answer and each fault means: one row here for each row of the fault table."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pronghorn.domain.answers import Answer, Fault, FaultKind
+from pronghorn.domain.model import Endpoint, Usage
+from pronghorn.domain.retry import (
+    ATTEMPTS_MAX,
+    SERVER_ERROR_ATTEMPTS_MAX,
+    TOKENS_MAX,
+    Again,
+    Effort,
+    Failure,
+    Pause,
+    Success,
+    Verdict,
+    backoff,
+    judge,
+    retry_after,
+)
+
+NOW = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
+CHAT = Endpoint.CHAT_COMPLETIONS
+OK = {"choices": [{"finish_reason": "stop"}]}
+
+
+def answer(status: int, body: Any = None, **headers: str) -> Answer:
+    named = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
+    return Answer(status, named, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+def error(code: object = None, type: object = None) -> dict[str, Any]:
+    return {"error": {"message": "no", "type": type, "param": None, "code": code}}
+
+
+def fault(kind: FaultKind) -> Fault:
+    return Fault(kind, "what happened")
+
+
+def verdict(of: Answer | Fault, effort: Effort = Effort(), endpoint: Endpoint = CHAT) -> Verdict:  # noqa: B008
+    return judge(of, endpoint, effort, NOW)
+
+
+FIRST = Again(0.0, 1.0, costs_attempt=True)
+FREE = Again(0.0, 1.0, costs_attempt=False)
+LOADING = "the engine answers 503 (loading or overloaded)"
+QUOTA = Pause(300, 300, "the engine says the quota is used up")
+
+
+@pytest.mark.parametrize(
+    ("symptom", "meaning"),
+    [
+        pytest.param(answer(429), FREE, id="429"),
+        pytest.param(answer(429, retry_after="20"), Again(20.0, 22.0, False), id="429 with Retry-After"),
+        pytest.param(answer(429, error("insufficient_quota")), QUOTA, id="429 insufficient_quota as code"),
+        pytest.param(answer(429, error(None, "insufficient_quota")), QUOTA, id="429 insufficient_quota as type"),
+        pytest.param(
+            answer(429, retry_after="3600"),
+            Pause(300, 300, "the engine asks to be left alone for 3600 s (429)"),
+            id="429 with Retry-After beyond minutes",
+        ),
+        pytest.param(answer(503), Pause(1.0, 1.0, LOADING), id="503 while loading"),
+        pytest.param(answer(503, retry_after="7"), Pause(7.0, 7.0, LOADING), id="503 with Retry-After"),
+        pytest.param(answer(503, retry_after="0"), Pause(1.0, 1.0, LOADING), id="503 that asks to be hammered"),
+        pytest.param(answer(503, retry_after="9" * 99), Pause(300, 300, LOADING), id="503 that asks for ever"),
+        pytest.param(fault(FaultKind.REFUSED), Pause(1.0, 1.0, "what happened"), id="refused"),
+        pytest.param(fault(FaultKind.DNS), Pause(1.0, 1.0, "what happened"), id="DNS"),
+        pytest.param(fault(FaultKind.CONNECT_TIMEOUT), Pause(1.0, 1.0, "what happened"), id="connect timeout"),
+        pytest.param(fault(FaultKind.TLS), Pause(1.0, 1.0, "what happened"), id="TLS"),
+        *(pytest.param(answer(status), FIRST, id=str(status)) for status in (408, 409, 425, 500, 502, 504, 529)),
+        pytest.param(fault(FaultKind.ABORTED), Again(0.0, 0.0, costs_attempt=False), id="given up by us"),
+        pytest.param(fault(FaultKind.DISCONNECTED), FIRST, id="disconnect"),
+        pytest.param(fault(FaultKind.PROTOCOL), FIRST, id="no HTTP"),
+        pytest.param(answer(200, b'{"choices": [{"mess'), FIRST, id="truncated JSON"),
+        pytest.param(answer(200, b""), FIRST, id="200 with nothing"),
+        *(
+            pytest.param(fault(kind), FIRST, id=kind.value)
+            for kind in (FaultKind.FIRST_BYTE_TIMEOUT, FaultKind.IDLE_TIMEOUT, FaultKind.TOTAL_TIMEOUT)
+        ),
+        pytest.param(answer(200, error(429)), FREE, id="200 with error 429 in the body"),
+        pytest.param(answer(200, error(400)), Failure(), id="200 with error 400 in the body"),
+        pytest.param(answer(200, error(503)), Pause(1.0, 1.0, LOADING), id="200 with error 503 in the body"),
+        pytest.param(answer(200, error("server_error")), FIRST, id="200 with a named error in the body"),
+        pytest.param(answer(200, error(0)), FIRST, id="200 with an error code that is no status"),
+        pytest.param(answer(200, {"error": "no"}), FIRST, id="200 with an error that is a text"),
+        pytest.param(answer(200, {"choices": None}), FIRST, id="200 with null choices"),
+        pytest.param(answer(200, {"choices": []}), FIRST, id="200 with no choices"),
+        pytest.param(answer(200, []), FIRST, id="200 with an array"),
+        pytest.param(answer(200, {"choices": [{"finish_reason": "abort"}]}), FIRST, id="finish_reason abort"),
+        pytest.param(answer(200, {"choices": [{"finish_reason": "error"}]}), FIRST, id="finish_reason error"),
+        *(pytest.param(answer(status, error()), Failure(), id=str(status)) for status in (400, 404, 413, 422, 302)),
+        pytest.param(answer(401), Pause(300, 300, "the engine refuses access with status 401"), id="401"),
+        pytest.param(answer(403), Pause(300, 300, "the engine refuses access with status 403"), id="403"),
+        pytest.param(answer(200, OK), Success(Usage()), id="200"),
+        pytest.param(answer(201, OK), Success(Usage()), id="201"),
+        pytest.param(answer(200, OK | {"error": None}), Success(Usage()), id="200 with a null error"),
+        pytest.param(answer(200, {"choices": [{"finish_reason": "length"}]}), Success(Usage()), id="length"),
+        pytest.param(answer(200, {"choices": [{"finish_reason": "content_filter"}]}), Success(Usage()), id="filtered"),
+        pytest.param(
+            fault(FaultKind.TOO_LARGE),
+            Failure("upstream_answer_too_large", "The engine's answer was larger than the limit."),
+            id="answer too large",
+        ),
+    ],
+)
+def test_a_symptom_has_one_meaning(symptom: Answer | Fault, meaning: Verdict) -> None:
+    assert verdict(symptom) == meaning
+
+
+DISCONNECTED = "The engine closed the connection before it had answered."
+
+
+@pytest.mark.parametrize(
+    ("symptom", "attempts", "end"),
+    [
+        (answer(500), SERVER_ERROR_ATTEMPTS_MAX, Failure()),
+        (answer(502), ATTEMPTS_MAX, Failure()),
+        (answer(200, error("x")), SERVER_ERROR_ATTEMPTS_MAX, Failure()),
+        (fault(FaultKind.DISCONNECTED), ATTEMPTS_MAX, Failure("upstream_disconnected", DISCONNECTED)),
+        (
+            fault(FaultKind.TOTAL_TIMEOUT),
+            ATTEMPTS_MAX,
+            Failure("request_timeout", "The engine did not answer in time."),
+        ),
+        (
+            answer(200, b"{"),
+            ATTEMPTS_MAX,
+            Failure("upstream_disconnected", "The engine's answer was not valid JSON."),
+        ),
+        (answer(200, {}), ATTEMPTS_MAX, Failure("upstream_empty", "The engine's answer held no choices.")),
+        (
+            answer(200, {"choices": [{"finish_reason": "abort"}]}),
+            ATTEMPTS_MAX,
+            Failure("upstream_aborted", "The engine broke off its answer."),
+        ),
+    ],
+)
+def test_a_line_s_own_failures_use_up_its_attempts(symptom: Answer | Fault, attempts: int, end: Failure) -> None:
+    for charged in range(1, attempts):
+        again = verdict(symptom, Effort(tries=9, charged=charged))
+        assert isinstance(again, Again)
+        assert again.costs_attempt
+    assert verdict(symptom, Effort(tries=9, charged=attempts)) == end
+
+
+@pytest.mark.parametrize("symptom", [answer(429), answer(503), answer(401), fault(FaultKind.REFUSED)])
+def test_an_engine_s_own_trouble_never_ends_a_line(symptom: Answer | Fault) -> None:
+    for count in (1, 10, 100_000):
+        assert not isinstance(verdict(symptom, Effort(count, count, count)), Failure)
+
+
+def test_waits_double_up_to_their_bound_however_long_it_goes_on() -> None:
+    assert [backoff(attempt)[1] for attempt in (1, 2, 3, 6, 7, 8, 5000)] == [1, 2, 4, 32, 60, 60, 60]
+    loading = [verdict(answer(503), Effort(pauses=pauses)) for pauses in (0, 1, 4, 5, 5000)]
+    assert [pause[:2] for pause in loading] == [(1, 1), (1, 2), (1, 16), (1, 30), (1, 30)]
+    assert verdict(answer(429), Effort(tries=5000)) == Again(0.0, 60.0, costs_attempt=False)
+    assert verdict(fault(FaultKind.DISCONNECTED), Effort(charged=4)) == Again(0.0, 8.0, costs_attempt=True)
+
+
+# How long to wait
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "seconds"),
+    [
+        ("retry-after", "0", 0.0),
+        ("retry-after", "120", 120.0),
+        ("retry-after", "1.5", 1.5),
+        ("retry-after", "Sun, 09 Sep 2001 01:47:40 GMT", 60.0),
+        ("retry-after", "Sun, 09 Sep 2001 03:46:40 +0200", 0.0),
+        ("retry-after", "Sun, 09 Sep 2001 01:00:00 GMT", 0.0),
+        ("retry-after-ms", "250", 0.25),
+        ("x-ratelimit-reset-requests", "6m0s", 360.0),
+        ("x-ratelimit-reset-requests", "1.5s", 1.5),
+        ("x-ratelimit-reset-tokens", "20ms", 0.02),
+        ("x-ratelimit-reset-tokens", "1h2m3s4ms", 3723.004),
+        ("x-ratelimit-reset-tokens", "12", 12.0),
+    ],
+)
+def test_an_engine_says_in_many_ways_how_long_to_wait(header: str, value: str, seconds: float) -> None:
+    assert retry_after({header.encode(): value.encode()}, NOW) == pytest.approx(seconds)
+
+
+def test_the_most_exact_header_counts() -> None:
+    headers = {b"retry-after": b"2", b"retry-after-ms": b"1500", b"x-ratelimit-reset-requests": b"9s"}
+    assert retry_after(headers, NOW) == 1.5
+    assert retry_after({b"x-ratelimit-reset-requests": b"soon", b"x-ratelimit-reset-tokens": b"2s"}, NOW) == 2.0
+
+
+@pytest.mark.parametrize("header", ["retry-after", "retry-after-ms", "x-ratelimit-reset-requests"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *["", " ", "soon", "-5", "nan", "inf", "-inf", "1.2.3s", "s", "5x", "5 parsecs", "\x00", "é", "9" * 5000 + "x"],
+        "Mon, 99999999999999999999 Jan 2026 00:00:00 GMT",
+        "Thu, 01 Jan 2026 00:00:00 +99999999999999999",
+    ],
+)
+def test_garbage_says_nothing_about_how_long_to_wait(header: str, value: str) -> None:
+    assert retry_after({header.encode(): value.encode("latin-1")}, NOW) is None
+
+
+@given(st.binary(max_size=30) | st.from_regex(rb"[A-Z][a-z]{2}, \d{1,25} Jan \d{1,12} \d\d:\d\d:\d\d [+-]?\d{1,9}"))
+def test_no_header_whatever_breaks_the_judge(value: bytes) -> None:
+    for name in (b"retry-after", b"retry-after-ms", b"x-ratelimit-reset-tokens"):
+        assert judge(Answer(429, {name: value}, b""), CHAT, Effort(), NOW)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "usage"),
+    [
+        (
+            Endpoint.CHAT_COMPLETIONS,
+            OK
+            | {
+                "usage": {
+                    "prompt_tokens": 10,
+                    "completion_tokens": 20,
+                    "prompt_tokens_details": {"cached_tokens": 4},
+                    "completion_tokens_details": {"reasoning_tokens": 5},
+                }
+            },
+            Usage(10, 4, 20, 5),
+        ),
+        (
+            Endpoint.COMPLETIONS,
+            OK | {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "prompt_tokens_details": None}},
+            Usage(1, 0, 2, 0),
+        ),
+        (Endpoint.EMBEDDINGS, {"data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}}, Usage(8, 0, 0, 0)),
+        (
+            Endpoint.RESPONSES,
+            {
+                "output": [],
+                "error": None,
+                "usage": {
+                    "input_tokens": 7,
+                    "output_tokens": 6,
+                    "input_tokens_details": {"cached_tokens": 3},
+                    "output_tokens_details": {"reasoning_tokens": 2},
+                },
+            },
+            Usage(7, 3, 6, 2),
+        ),
+        (Endpoint.RESPONSES, {"output": []}, Usage()),
+    ],
+)
+def test_tokens_are_read_from_each_endpoint_s_own_fields(
+    endpoint: Endpoint, body: dict[str, Any], usage: Usage
+) -> None:
+    assert verdict(answer(200, body), endpoint=endpoint) == Success(usage)
+
+
+# Answers that are odd, or hostile
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        (5, Usage()),
+        ("many", Usage()),
+        ([], Usage()),
+        ({"prompt_tokens": "many"}, Usage()),
+        ({"prompt_tokens": -1}, Usage()),
+        ({"prompt_tokens": 1e300}, Usage()),
+        ({"prompt_tokens": TOKENS_MAX + 1}, Usage()),
+        ({"prompt_tokens": 10**40}, Usage()),
+        ({"prompt_tokens": 3, "prompt_tokens_details": 5}, Usage()),
+        ({"prompt_tokens": 12.0}, Usage(12)),
+        ({"prompt_tokens": TOKENS_MAX}, Usage(TOKENS_MAX)),
+    ],
+)
+def test_an_answer_with_an_odd_usage_stands(usage: object, counted: Usage) -> None:
+    assert verdict(answer(200, OK | {"usage": usage})) == Success(counted)
+
+
+@pytest.mark.parametrize(
+    "choices", ["x", 3, {"a": 1}, [1], ["x"], [None], [{"finish_reason": 3}], [{"finish_reason": {"type": "stop"}}]]
+)
+def test_an_answer_with_odd_choices_stands(choices: object) -> None:
+    usage = {"prompt_tokens": 2}
+    assert verdict(answer(200, {"choices": choices, "usage": usage})) == Success(Usage(2))
+
+
+def test_one_odd_part_does_not_hide_what_another_says() -> None:
+    assert verdict(answer(200, {"usage": 5, "choices": [{"finish_reason": 3}, {"finish_reason": "abort"}]})) == FIRST
+    assert verdict(answer(200, {"usage": 5, "choices": []})) == FIRST
+    assert verdict(answer(200, {"usage": 5, **error(400)})) == Failure()
+    assert verdict(answer(200, b'{"usage": 5, "choices": [{}], "text": "cut o')) == FIRST
+    assert verdict(answer(429, error("insufficient_quota", type=5))) == QUOTA
+
+
+@pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"[" * 100_000, b'{"a":' * 100_000, b'"\x00"', b"01"])
+def test_what_is_no_json_was_cut_off(text: bytes) -> None:
+    assert verdict(answer(200, b'{"choices": [{}], "x": ' + text + b"}")) == FIRST
+
+
+nested = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["abort", 429]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["usage", "choices", "error", "code", "type", "finish_reason", "prompt_tokens"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(nested.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30), st.integers(100, 599))
+def test_no_body_whatever_breaks_the_judge(body: bytes, status: int) -> None:
+    for endpoint in Endpoint:
+        for some in (200, status):
+            found = judge(Answer(some, {}, body), endpoint, Effort(), NOW)
+            if isinstance(found, Success):
+                assert all(0 <= count <= TOKENS_MAX for count in (found.usage.input_tokens, found.usage.output_tokens))
