@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: .venv/.installed ## Make .venv with the package and everything to develop it
@@ -39,6 +39,10 @@ lint: install ## Check style, types and layering
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+.PHONY: bench-embedded
+bench-embedded: install ## Compare the whole pipeline with a bare client on the embedded engine
+	$(BIN)/python bench/embedded.py
 
 .PHONY: clean
 clean: ## Delete caches, build results and the demo's data; .venv stays

@@ -193,7 +193,8 @@ def poll_until_ended(command: str, server: Server, folder: Path) -> dict[str, An
         counts, tokens = batch["request_counts"], batch["usage"]["total_tokens"]
         progress = f"{batch['status']:<12} {counts['completed']:>3} of {counts['total']} lines"
         progress += f"   {counts['failed']} failed   {tokens:>6,} tokens"
-        progress += f"   {batch['status_reason']}" if batch["status_reason"] else ""
+        if batch["progress"] and batch["progress"]["reason"]:
+            progress += f"   {batch['progress']['reason']}"
         if TTY:
             print(f"\r\033[K{progress}   {elapsed:4.1f} s", end="", flush=True)
         elif progress != shown:

@@ -31,7 +31,8 @@ class Process:
         while not ready(self.lines):
             line = self._child.stdout.readline() if self._child.stdout else ""
             if not line:
-                status = self._child.wait()
+                self._reap()
+                status = self._child.returncode
                 raise RuntimeError(f"pronghorn {arguments[0]} ended with {status}: {log.read_text()[-2000:]}")
             self.lines.append(line.strip())
 
@@ -96,6 +97,7 @@ class Server(Process):
         command = ["serve", "--port", "0", "--data-dir", str(data_dir), *arguments]
         super().__init__(command, data_dir.with_suffix(".log"), lambda lines: len(lines) == 2)
         values = dict(line.split("=", 1) for line in self.lines)
+        self.data_dir = data_dir
         self.base_url = values["BASE_URL"]
         self.job_id = values["JOB_ID"]
         self.http = httpx2.Client(base_url=self.base_url, timeout=60)

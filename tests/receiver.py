@@ -24,7 +24,7 @@ class Answer(NamedTuple):
     """What the receiver says; a negative `body_bytes` is a body that never ends."""
 
     status: int = 200
-    headers: dict[str, str] = {}
+    headers: tuple[tuple[str, str], ...] = ()
     body_bytes: int = 0
 
 
@@ -66,7 +66,7 @@ class Receiver:
         self._server.server_close()
         self._thread.join()
 
-    def _handler(receiver) -> type[http.server.BaseHTTPRequestHandler]:  # noqa: N805
+    def _handler(receiver) -> type[http.server.BaseHTTPRequestHandler]:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
@@ -77,7 +77,7 @@ class Receiver:
                     answer = Answer()
                 receiver._received.put(Received(self.path, headers, body))
                 self.send_response(answer.status)
-                for name, value in answer.headers.items():
+                for name, value in answer.headers:
                     self.send_header(name, value)
                 if answer.body_bytes >= 0:
                     self.send_header("content-length", str(answer.body_bytes))

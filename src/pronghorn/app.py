@@ -30,8 +30,8 @@ def create_app(system: System, settings: Settings) -> FastAPI:
     )
     faults.install(app)
     clock, ids = system.clock, system.ids
-    app.include_router(files.routes(system.metadata, system.blobs, clock, ids))
     metadata, blobs, stored = system.metadata, system.blobs, system.files
+    app.include_router(files.routes(stored, blobs, clock, ids, batch_file_expires_s=settings.batch_file_expires_s))
     launcher = Launcher(metadata, changed=system.coordinator.wake)
     app.include_router(batches.routes(metadata, launcher, system.checker, clock, ids, default_job=settings.default_job))
     limit = settings.line_bytes_max

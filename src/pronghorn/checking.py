@@ -11,7 +11,7 @@ from pronghorn.domain.model import Batch
 from pronghorn.domain.planning import Census, Plan, Rejection, plan_file
 from pronghorn.domain.validation import Problem, Rules
 from pronghorn.engines.base import EnginePool
-from pronghorn.errors import NotStored
+from pronghorn.errors import Damaged, NotStored
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
 
@@ -58,6 +58,8 @@ class InputChecker:
             return await asyncio.to_thread(plan)
         except NotStored:
             return _missing(batch)
+        except Damaged as error:
+            return Rejection([Problem("invalid_request", str(error), "file_id", None)], 0)
         finally:
             abandoned.set()  # the thread outlives a cancelled task unless it is told
 

@@ -41,6 +41,9 @@ class LlamaCppSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     slots: Annotated[Positive | None, Meta(description="lines run at once; from cores and memory when left out")] = None
     threads: Annotated[Positive | None, Meta(description="threads of the engine; one a core when left out")] = None
     context_tokens: Annotated[int, Meta(ge=256, description="prompt and answer of one line, in tokens")] = 2048
+    answer_tokens: Annotated[
+        int, Meta(ge=1, description="longest answer to a line that sets no max_tokens of its own, in tokens")
+    ] = 512
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -64,6 +67,10 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         tuple[Annotated[str, Meta(pattern=ALLOWED_PATTERN)], ...],
         Meta(description="hosts, or host:port, that webhooks may go to although not public, and by http:// too"),
     ] = ()
+    batch_file_expires_s: Annotated[
+        Positive | None,
+        Meta(description="life of an uploaded batch input that asks for none, in seconds; for ever when left out"),
+    ] = None
     drain_s: Annotated[float, Meta(ge=0, description="how long a stopping server waits for lines in flight")] = 10.0
 
 

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import random
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +56,11 @@ class UploadServer(Server):
 
     def stored(self) -> set[str]:
         return {path.name for path in self.blobs_dir.rglob("*") if path.is_file()}
+
+    def await_stored(self, count: int, timeout_s: float = 30) -> None:
+        deadline = time.monotonic() + timeout_s
+        while len(self.stored()) != count:
+            assert time.monotonic() < deadline, self.stored()
 
 
 def refused(answer: httpx2.Response, code: str | None, param: str | None = None, status: int = 400) -> str:
@@ -174,6 +181,36 @@ def test_a_cancelled_upload_takes_nothing_more(shared: UploadServer) -> None:
     message = refused(shared.send(upload_id, b"late"), "upload_cancelled")
     assert message == "Cannot add a part to an upload with status 'cancelled'."
     refused(shared.complete(upload_id, [part_id]), "upload_cancelled")
+
+
+def test_a_part_on_its_way_when_its_upload_is_cancelled_is_refused(lone: UploadServer) -> None:
+    upload_id = lone.announce(5)["id"]
+
+    def overtaken() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="data"; filename="p"\r\n\r\n12345'
+        while not lone.stored():
+            yield b"12345"
+        with httpx2.Client(base_url=lone.base_url) as other:
+            assert other.post(f"/v1/uploads/{upload_id}/cancel").json()["status"] == "cancelled"
+        yield b"\r\n--x--\r\n"
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = lone.http.post(f"/v1/uploads/{upload_id}/parts", content=overtaken(), headers=headers)
+    refused(answer, "upload_cancelled")
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_part_leaves_nothing(lone: UploadServer) -> None:
+    upload_id = lone.announce(5)["id"]
+    address = (lone.http.base_url.host, lone.http.base_url.port or 80)
+    with socket.create_connection(address) as client:
+        client.sendall(
+            f"POST /v1/uploads/{upload_id}/parts HTTP/1.1\r\nHost: x\r\nContent-Length: {5 * MIB}\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+            '--x\r\nContent-Disposition: form-data; name="data"; filename="p"\r\n\r\n12345'.encode()
+        )
+        lone.await_stored(1)
+    lone.await_stored(0)
+    assert "Traceback" not in lone.blobs_dir.parent.with_suffix(".log").read_text(), "it is no fault of ours"
 
 
 @pytest.mark.parametrize("extra", [1, 3 * MIB])

@@ -210,16 +210,42 @@ async def test_the_way_to_a_replica_that_is_gone_is_closed(start_engine: StartEn
     source = FixedEngine(replica_of(engine))
     pool = EnginePool([source])
     await pool.start()
-    relay = Relay(pool, leave_room=Room(), answer_s_max=10.0, answer_bytes_max=1 << 20)
+    room = Room()
+    relay = Relay(pool, leave_room=room, answer_s_max=10.0, answer_bytes_max=1 << 20)
     hanging = asyncio.create_task(ask(relay, marked("fault=hang times=always")))
     await engine.when(lambda: engine.ledger.totals().in_flight == 1)
     source.found = []
     source.changed()
     with pytest.raises(EngineFailed):
         await hanging
+    assert room.told == [{engine.base_url: 1}, {}]
     with pytest.raises(NotFound):
         await ask(relay, body())
     await relay.close()
+
+
+async def test_the_replicas_key_is_sent_and_nothing_of_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_KEY", "engine-secret")
+    heads: list[str] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((await reader.readuntil(b"\r\n\r\n")).decode().lower())
+        writer.write(b"HTTP/1.1 200 OK\r\nset-cookie: a=b\r\nserver: x\r\nx-ratelimit-limit-requests: 5\r\n")
+        writer.write(b"connection: close\r\ncontent-length: 2\r\n\r\n{}")
+        writer.close()
+
+    engine = await asyncio.start_server(answer, "127.0.0.1", 0)
+    base_url = f"http://127.0.0.1:{engine.sockets[0].getsockname()[1]}/v1"
+    async with serving(Replica(base_url, api_key_env="ENGINE_KEY")) as client:
+        answered = await client.post(
+            CHAT.value, content=body(), headers={"Authorization": "Bearer mine", "Cookie": "c"}
+        )
+    engine.close()
+    await engine.wait_closed()
+    assert "authorization: bearer engine-secret\r\n" in heads[0]
+    assert "mine" not in heads[0]
+    assert "cookie" not in heads[0]
+    assert set(answered.headers) == {"x-ratelimit-limit-requests", "content-length", "x-request-id"}
 
 
 async def test_room_is_asked_for_and_given_back_a_moment_later(start_engine: StartEngine) -> None:

@@ -85,7 +85,7 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
             for kind in (FaultKind.FIRST_BYTE_TIMEOUT, FaultKind.IDLE_TIMEOUT, FaultKind.TOTAL_TIMEOUT)
         ),
         pytest.param(answer(200, error(429)), FREE, id="200 with error 429 in the body"),
-        pytest.param(answer(200, error(400)), Failure(), id="200 with error 400 in the body"),
+        pytest.param(answer(200, error(400)), Failure(status=400), id="200 with error 400 in the body"),
         pytest.param(answer(200, error(503)), Pause(1.0, 1.0, LOADING), id="200 with error 503 in the body"),
         pytest.param(answer(200, error("server_error")), FIRST, id="200 with a named error in the body"),
         pytest.param(answer(200, error(0)), FIRST, id="200 with an error code that is no status"),

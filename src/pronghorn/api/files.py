@@ -1,29 +1,29 @@
-"""/v1/files: upload, metadata, content."""
+"""/v1/files: upload, list, metadata, content, delete."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Annotated
-from urllib.parse import quote
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
 
-from pronghorn.api import intake, multipart, wire
+from pronghorn.api import content, faults, intake, multipart, wire
 from pronghorn.api.auth import caller
 from pronghorn.clock import Clock
 from pronghorn.domain.model import BlobRef, File
-from pronghorn.errors import InvalidRequest, NotFound
+from pronghorn.errors import Conflict, InvalidRequest, NotFound
 from pronghorn.ids import Ids
 from pronghorn.storage.blobs import Blobs
-from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.files import Files
 
+LISTED_MAX = 10_000
 _DOWNLOADABLE = ("batch", "batch_output")
 
 
-def routes(metadata: Metadata, blobs: Blobs, clock: Clock, ids: Ids) -> APIRouter:
-    """Return the routes of the Files API."""
+def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_expires_s: int | None) -> APIRouter:
+    """Return the routes of the Files API; `batch_file_expires_s` is the life of batch inputs that name none."""
     router = APIRouter(tags=["Files"])
 
     @router.post("/v1/files", openapi_extra={"requestBody": _UPLOAD_BODY})
@@ -34,40 +34,85 @@ def routes(metadata: Metadata, blobs: Blobs, clock: Clock, ids: Ids) -> APIRoute
         with blobs.writer(key) as writer:
             form = await multipart.receive(dict(request.headers), request.stream(), writer, file_field="file")
             purpose, filename = _checked(form, writer.bytes)
+            life_s = _life_s(form.fields, batch_file_expires_s if purpose == "batch" else None)
             await asyncio.to_thread(writer.commit)
-        file = File(file_id, account_id, purpose, filename, writer.bytes, clock.now())
-        await metadata.add_file(file, [BlobRef(key, writer.bytes)])
+        now = clock.now()
+        expires_at = None if life_s is None else now + life_s
+        file = File(file_id, account_id, purpose, filename, writer.bytes, now, expires_at)
+        await files.add(file, [BlobRef(key, writer.bytes)])
         return wire.file_object(file)
+
+    @router.get("/v1/files")
+    async def list_files(
+        account_id: Annotated[str, Depends(caller)],
+        purpose: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=LISTED_MAX)] = LISTED_MAX,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+    ) -> wire.FileList:
+        """Return a page of files, newest first unless asked otherwise."""
+        newest_first = order == "desc"
+        page = await files.page(account_id, purpose=purpose, limit=limit, after=after, newest_first=newest_first)
+        if page is None:
+            raise NotFound(f"No such File object: {after}", param="after")
+        data = [wire.file_object(file) for file in page.files]
+        return wire.FileList(
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=page.has_more,
+        )
 
     @router.get("/v1/files/{file_id}")
     async def retrieve_file(file_id: str, account_id: Annotated[str, Depends(caller)]) -> wire.FileObject:
         """Return a file's metadata."""
         return wire.file_object(await find(file_id, account_id))
 
-    @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse)
-    async def download_file(file_id: str, account_id: Annotated[str, Depends(caller)]) -> StreamingResponse:
-        """Return a file's content."""
+    @router.delete("/v1/files/{file_id}")
+    async def delete_file(file_id: str, account_id: Annotated[str, Depends(caller)]) -> wire.FileDeleted:
+        """Delete a file; the input of a batch that has not ended stays."""
+        await find(file_id, account_id)
+        if not await files.delete(file_id, account_id):
+            message = (
+                f"File {file_id} is the input of a batch that has not ended. Cancel the batch, or wait for its end."
+            )
+            raise Conflict(message, param="id", code="file_in_use")
+        # What a crash or a file of very many parts leaves here, the next sweep removes.
+        keys = await files.removals()
+        for key in keys:
+            await blobs.delete(key)
+        await files.removed(keys)
+        return wire.FileDeleted(id=file_id)
+
+    @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=_CONTENT)
+    async def download_file(request: Request, file_id: str, account_id: Annotated[str, Depends(caller)]) -> Response:
+        """Return a file's content, or a range of it."""
         file = await find(file_id, account_id)
         if file.purpose not in _DOWNLOADABLE:
             raise InvalidRequest(f"Not allowed to download files of purpose: {file.purpose}")
-        content: AsyncIterator[bytes] = blobs.read(await metadata.file_blobs(file.id), 0, file.bytes)
-        return StreamingResponse(
-            content,
-            media_type="application/octet-stream",
-            headers={
-                "Content-Length": str(file.bytes),
-                "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename)}",
-                "X-Content-Type-Options": "nosniff",
-            },
-        )
+        return content.respond(request, file, await files.blobs(file.id), blobs)
 
     async def find(file_id: str, account_id: str) -> File:
-        file = await metadata.file(file_id, account_id)
-        if file is None:
+        file = await files.find(file_id, account_id)
+        if file is None or (file.expires_at is not None and file.expires_at <= clock.now()):
             raise NotFound(f"No such File object: {file_id}", param="id")
         return file
 
     return router
+
+
+def _life_s(fields: dict[str, str], default_s: int | None) -> int | None:
+    """Return how long an upload's file lives, in seconds, from its `expires_after[...]` fields."""
+    given = {
+        name: fields[f"expires_after[{name}]"] for name in ("anchor", "seconds") if f"expires_after[{name}]" in fields
+    }
+    if not given:
+        return default_s
+    try:
+        return wire.ExpiresAfter.model_validate(given, strict=False).seconds
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise faults.explain({**first, "loc": ("body", "expires_after", *first["loc"])}) from error
 
 
 def _checked(form: multipart.Form, size: int) -> tuple[str, str]:
@@ -97,8 +142,15 @@ _UPLOAD_BODY = {
                 "properties": {
                     "file": {"type": "string", "format": "binary"},
                     "purpose": {"type": "string", "enum": list(intake.PURPOSES)},
+                    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                    "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
                 },
             }
         }
     },
+}
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+    206: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+    304: {"description": "The content has not changed."},
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
 
 from pronghorn.errors import InvalidRequest, RequestError, TooLarge
 from pronghorn.limits import FILE_CHUNK_BYTES, KIB
@@ -43,14 +44,17 @@ async def receive(
 ) -> Form:
     """Write the form's one file to `writer` and return the rest; memory stays flat whatever the file's size.
 
-    Raises InvalidRequest for a body that is not a well-formed form, UnsupportedBody for a compressed one, TooLarge
-    as soon as the file is above `file_bytes_max`.
+    Raises InvalidRequest for a body that is not a well-formed form or ends early, UnsupportedBody for a compressed one,
+    TooLarge as soon as the file is above `file_bytes_max`.
     """
     parser = _FormReader(_boundary(headers, file_field), file_field, file_bytes_max)
-    async for chunk in chunks:
-        parser.feed(chunk)
-        if parser.waiting_bytes >= FILE_CHUNK_BYTES:
-            await asyncio.to_thread(writer.write, parser.take())
+    try:
+        async for chunk in chunks:
+            parser.feed(chunk)
+            if parser.waiting_bytes >= FILE_CHUNK_BYTES:
+                await asyncio.to_thread(writer.write, parser.take())
+    except ClientDisconnect as error:
+        raise InvalidRequest("The connection was closed before the end of the body.") from error
     parser.finish()
     await asyncio.to_thread(writer.write, parser.take())
     return Form(parser.fields, parser.filename, parser.head)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from pronghorn.api.auth import caller
@@ -22,6 +22,7 @@ from pronghorn.storage.webhooks import ENDPOINTS_PER_ACCOUNT_MAX, Webhooks
 # Standard Webhooks asks for 24 to 64 bytes.
 SECRET_BYTES = 32
 KEEP_OLD_SECRET_S = 24 * 3600
+NAME_CHARS_MAX = 256
 URL_CHARS_MAX = 2048
 # What a test event names: the shape of a batch's id, and no batch's.
 TEST_BATCH_ID = "batch_" + "0" * 32
@@ -115,6 +116,19 @@ class WebhookDeliveryList(BaseModel):
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @field_validator("name", "url", check_fields=False)
+    @classmethod
+    def _is_short(cls, value: str, info: ValidationInfo) -> str:
+        chars_max = NAME_CHARS_MAX if info.field_name == "name" else URL_CHARS_MAX
+        if len(value) > chars_max:
+            raise PydanticCustomError(
+                "string_above_max_length",
+                "Invalid '{param}': string too long. Expected a string with maximum length {max}, but got a string "
+                "with length {got} instead.",
+                {"param": info.field_name, "max": chars_max, "got": len(value)},
+            )
+        return value
+
     @field_validator("event_types", check_fields=False)
     @classmethod
     def _are_known(cls, value: list[str]) -> list[str]:
@@ -123,8 +137,8 @@ class _Request(BaseModel):
         return list(dict.fromkeys(value))
 
 
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-_Url = Annotated[str, StringConstraints(max_length=URL_CHARS_MAX)]
+_Name = Annotated[str, Field(min_length=1, json_schema_extra={"maxLength": NAME_CHARS_MAX})]
+_Url = Annotated[str, Field(json_schema_extra={"maxLength": URL_CHARS_MAX, "format": "uri"})]
 _EventType = Annotated[str, Field(json_schema_extra={"enum": [event_type.value for event_type in EventType]})]
 _EventTypes = Annotated[list[_EventType], Field(min_length=1)]
 

@@ -90,6 +90,7 @@ class Coordinator:
         ]
         self._open: dict[str, _Open] = {}
         self._planning: dict[str, asyncio.Task[None]] = {}
+        self._planning_held_until = 0.0
         self._paused: dict[CrewMember, dict[str, str]] = {}
         self._shares: dict[Route, FairShare] = {}
         self._stopping = False
@@ -238,7 +239,7 @@ class Coordinator:
 
     def _start_planning(self, batch: Batch) -> None:
         """Validate one batch at a time: it takes a core, and the order of creation is kept."""
-        if not self._planning:
+        if not self._planning and self._clock.monotonic() >= self._planning_held_until:
             task = asyncio.create_task(self._planner.validate(batch))
             self._planning[batch.id] = task
             task.add_done_callback(lambda _: self._planned(batch.id))
@@ -247,6 +248,7 @@ class Coordinator:
         task = self._planning.pop(batch_id)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s cannot be validated now: %s", batch_id, error, exc_info=error)
+            self._planning_held_until = self._clock.monotonic() + BROKEN_WAIT_S
         self._batch_ended()  # which is so if it failed
         self.wake()
 

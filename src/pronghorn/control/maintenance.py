@@ -40,7 +40,9 @@ class Maintenance:
 
     async def sweep(self) -> None:
         """End what has run out, then remove every blob that is marked for removal."""
-        await self._uploads.expire(self._clock.now())
+        now = self._clock.now()
+        await self._uploads.expire(now)
+        await self._files.forget_expired(now)
         await self._remove_blobs()
 
     async def _remove_blobs(self) -> None:

@@ -10,6 +10,7 @@ import msgspec
 SAMPLES_MAX = 5
 CAUSES_MAX = 50
 MESSAGE_CHARS_MAX = 300
+CODE_CHARS_MAX = 100
 OTHER = "other"
 
 
@@ -49,8 +50,11 @@ _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
 def cause_of(result: bytes) -> Cause:
-    """Return why one line of an error file is there."""
-    line = _decode_result(result)
+    """Return why one line of an error file is there; an answer that cannot be read is a cause of its own."""
+    try:
+        line = _decode_result(result)
+    except (ValueError, RecursionError):
+        return Cause(None, OTHER, None, 1, [])
     error = line.error or _Error()
     status = None
     if line.response is not None:
@@ -58,7 +62,7 @@ def cause_of(result: bytes) -> Cause:
         error = _error_in(line.response.body)
     code = error.code if error.code is not None else error.type
     message = error.message[:MESSAGE_CHARS_MAX] if error.message else None
-    return Cause(status, None if code is None else str(code), message, 1, [line.custom_id])
+    return Cause(status, None if code is None else str(code)[:CODE_CHARS_MAX], message, 1, [line.custom_id])
 
 
 def merge(causes: Iterable[Cause]) -> list[Cause]:

@@ -30,6 +30,9 @@ from pronghorn.limits import (
 )
 
 BOM = b"\xef\xbb\xbf"
+# Models that a census names; an engine that takes any name could be sent a different one on every line.
+CENSUS_MODELS_MAX = 1000
+OTHER_MODELS = "(others)"
 _BUCKETS = 256
 
 
@@ -169,13 +172,16 @@ class Census:
 
     def count(self, line: CheckedLine, content: bytes) -> None:
         """Add a line that can run."""
-        self.models[line.body.model] += 1
+        name = line.body.model
+        self.models[name if name in self.models or len(self.models) < CENSUS_MODELS_MAX else OTHER_MODELS] += 1
         for prompt in (line.body.messages, line.body.prompt, line.body.input):
             self._prompt_bytes += 0 if prompt is msgspec.UNSET else len(bytes(prompt))
         self._bodies.add(hash(bytes(_decode_body(content).body)))
 
-    def finish(self) -> None:
+    def conclude(self) -> None:
         self.duplicate_bodies = self._bodies.surplus()
+
+    def close(self) -> None:
         self._bodies.close()
 
 
@@ -193,12 +199,15 @@ def plan_file(
     `open_chunks` starts a fresh read of the file; it is called again only to name the lines of duplicates.
     """
     reading = _Reading(file_bytes, rules, line_bytes_max, census)
-    for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
-        if line.content != b"":
-            reading.take(line)
-    if suspects := reading.custom_ids.repeated():
-        reading.blame(_duplicates(split_lines(open_chunks(), line_bytes_max=line_bytes_max), suspects))
-    return reading.conclude(on_invalid)
+    try:
+        for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
+            if line.content != b"":
+                reading.take(line)
+        if suspects := reading.custom_ids.repeated():
+            reading.blame(_duplicates(split_lines(open_chunks(), line_bytes_max=line_bytes_max), suspects))
+        return reading.conclude(on_invalid)
+    finally:
+        reading.close()
 
 
 class _Reading:
@@ -234,14 +243,19 @@ class _Reading:
 
     def conclude(self, on_invalid: OnInvalid) -> Plan | Rejection:
         """Return what the file comes to."""
-        self.custom_ids.close()
         if self._census is not None:
-            self._census.finish()
+            self._census.conclude()
         if not self._shards.lines:
             return Rejection([validation.empty_file()], 0)
         if self._model is None or self._unlisted or (self._problems and on_invalid is OnInvalid.FAIL):
             return Rejection(self._problems, self._unlisted, self._shards.lines)
         return Plan(self._shards.finish(), self._shards.lines, self._model, self._problems)
+
+    def close(self) -> None:
+        """Give back the disk space that a very large file has taken."""
+        self.custom_ids.close()
+        if self._census is not None:
+            self._census.close()
 
     def _take_valid(self, line: RawLine, checked: CheckedLine, content: bytes) -> None:
         self.custom_ids.add(hash(checked.custom_id))

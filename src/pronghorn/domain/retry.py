@@ -33,10 +33,14 @@ class Success(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The line's outcome, for the error file: the HTTP answer when `code` is None, else code and text."""
+    """The line's outcome, for the error file: the HTTP answer when `code` is None, else code and text.
+
+    `status` replaces the answer's own where a 2xx holds an error.
+    """
 
     code: str | None = None
     message: str = ""
+    status: int | None = None
 
 
 class Again(NamedTuple):
@@ -160,7 +164,8 @@ def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: floa
     if body.error is not None:
         error = _as_error(body.error)
         status = error.code if isinstance(error.code, int) and 400 <= error.code < 600 else 500
-        return _judge_refusal(status, error, answer.headers, effort, now)
+        verdict = _judge_refusal(status, error, answer.headers, effort, now)
+        return verdict._replace(status=status) if isinstance(verdict, Failure) else verdict
     if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
         if not body.choices:
             return _retry_or(Failure("upstream_empty", "The engine's answer held no choices."), effort)

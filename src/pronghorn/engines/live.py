@@ -187,10 +187,13 @@ class Relay:
 
     def _drop_gone(self) -> None:
         """Close the ways to replicas that are no more."""
-        for key in self._ways.keys() - {_key(replica) for replica in self._engines.replicas()}:
+        gone = self._ways.keys() - {_key(replica) for replica in self._engines.replicas()}
+        for key in gone:
             closing = self._loop.create_task(self._ways.pop(key).client.close())
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
+        if gone:
+            self._announce()
 
     # Room beside batch lines
 

@@ -189,6 +189,7 @@ def _generators(settings: LlamaCppSettings, name: str, model: Path) -> list[Chil
             slots=max(1, slots // processes),
             threads=threads // processes,
             context_tokens=settings.context_tokens,
+            answer_tokens=settings.answer_tokens,
             embeddings=False,
         )
         for _ in range(processes)
@@ -203,6 +204,7 @@ def _embedder(settings: LlamaCppSettings, name: str, model: Path) -> ChildOption
         slots=EMBEDDING_SLOTS,
         threads=settings.threads or _cores(),
         context_tokens=settings.context_tokens,
+        answer_tokens=settings.answer_tokens,
         embeddings=True,
     )
 

@@ -1,6 +1,6 @@
 """A child process that runs llama.cpp's own HTTP server: `python -m pronghorn.engines.llamacpp_child OPTIONS`.
 
-It writes one line to stdout, `READY` or `FAILED reason`, and ends when its standard input closes or on SIGTERM.
+It writes one line to stdout, `READY` or `FAILED reason`, and ends when its standard input closes.
 llama.cpp's log goes to stderr.
 """
 
@@ -23,6 +23,7 @@ class ChildOptions(msgspec.Struct, frozen=True):
     slots: int
     threads: int
     context_tokens: int
+    answer_tokens: int
     embeddings: bool
 
 
@@ -37,9 +38,8 @@ def main() -> None:
         status.write(f"FAILED {error}\n")
         status.flush()
         os._exit(1)
-    # llama.cpp has put its own handlers in place, which do not end the process.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C goes to the server, which closes our standard input
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are the server's, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     status.write("READY\n")
     while server is not None:
@@ -56,6 +56,7 @@ def _serve(options: ChildOptions) -> object:
     params.port = options.port
     params.n_parallel = options.slots
     params.n_ctx = options.slots * options.context_tokens
+    params.n_predict = options.answer_tokens
     params.cpuparams.n_threads = options.threads
     params.cpuparams_batch.n_threads = options.threads
     params.cache_ram_mib = 0  # the slots' own caches suffice; copying prompts to host memory costs throughput

@@ -85,6 +85,8 @@ def _requantize(source: Path, target: Path) -> None:
     import gguf
     import numpy
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+
     wanted = gguf.GGMLQuantizationType.Q4_0
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())

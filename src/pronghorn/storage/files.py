@@ -91,6 +91,8 @@ class Files:
 
     async def removed(self, keys: Sequence[str]) -> None:
         """Note that blobs are gone from storage."""
+        if not keys:
+            return
         statement = blob_removals.delete().where(blob_removals.c.key == sa.bindparam("gone"))
         await self._database.write(lambda c: c.execute(statement, [{"gone": key} for key in keys]))
 

@@ -74,7 +74,8 @@ async def _obey(orders: framing.Messages[Order], dispatcher: Dispatcher) -> None
 
 def main() -> None:
     """Run a worker on the socket whose descriptor is the only argument; exit 1 when the disk can't be trusted."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C goes to the coordinator, which drains its workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are the coordinator's, which drains us
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     channel = socket.socket(fileno=int(sys.argv[1]))
     try:

@@ -93,6 +93,7 @@ class _ShardRun:
         self.sent = False
         self.finished = False
         self.segment: SegmentWriter | None = None
+        self._lines_read = 0
         self._segments = segments
         self._on_change = on_change
         self._room = asyncio.Event()
@@ -121,6 +122,8 @@ class _ShardRun:
             self._add(splitter.feed(chunk))
             await self._wait_for_room()
         self._add(splitter.finish())
+        if self._lines_read != shard.lines:
+            raise Damaged(f"the input file has {self._lines_read} lines where {shard.lines} were validated")
         self.all_read = True
         self._on_change()
 
@@ -139,7 +142,10 @@ class _ShardRun:
 
     def _add(self, lines: Iterable[RawLine]) -> None:
         for raw in lines:
-            if raw.content == b"" or raw.number in self.places:
+            if raw.content == b"":
+                continue
+            self._lines_read += 1
+            if raw.number in self.places:
                 continue
             if reject := self.rejects.get(raw.number):
                 result = results.rejected(self.key.batch_id, reject, raw.content)
@@ -147,7 +153,7 @@ class _ShardRun:
                 continue
             try:
                 line = _decode_line(raw.content or b"")
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError) as error:
                 raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
             self.ready.append(_Line(self, raw.number, bytes(line.custom_id), bytes(line.body)))
 
@@ -182,9 +188,17 @@ class _Lane:
         return max(1, min(self.window.limit, self.replica.slots or self.window.limit) - self.live)
 
 
-def _result(line: _Line, answer: Answer | Fault, code: str | None = None, message: str = "") -> bytes:
-    if isinstance(answer, Fault) or code is not None:
-        return results.unanswered(*line.identity, code or "upstream_error", message)
+def _success(line: _Line, answer: Answer | Fault) -> bytes:
+    if isinstance(answer, Fault):
+        unreachable("a fault is no success")
+    return results.answered(*line.identity, answer)
+
+
+def _failure(line: _Line, answer: Answer | Fault, failure: retry.Failure) -> bytes:
+    if isinstance(answer, Fault) or failure.code is not None:
+        return results.unanswered(*line.identity, failure.code or "upstream_error", failure.message)
+    if failure.status is not None:
+        answer = Answer(failure.status, answer.headers, answer.body)
     return results.answered(*line.identity, answer)
 
 
@@ -306,15 +320,15 @@ class Dispatcher:
         now = self._clock.monotonic()
         effort = retry.Effort(line.tries, line.charged, lane.pauses)
         verdict = retry.judge(answer, line.run.endpoint, effort, self._clock.now())
-        lane.window.answered(now, lane.in_flight)
+        lane.window.answered(now, lane.in_flight + lane.live)
         lane.in_flight -= 1
         match verdict:
             case retry.Success(usage):
                 self._resume(lane)
-                self._record(line, Fate.COMPLETED, usage, _result(line, answer))
-            case retry.Failure(code, message):
+                self._record(line, Fate.COMPLETED, usage, _success(line, answer))
+            case retry.Failure() as failure:
                 self._resume(lane)
-                self._record(line, Fate.FAILED, Usage(), _result(line, answer, code, message))
+                self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
             case retry.Again(low, high, costs):
                 lane.window.congested(now, now - sent_at)
                 line.charged -= not costs
