@@ -91,6 +91,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         courier = Courier(webhooks, clock, AllowedHosts(settings.webhook_allow))
         coordinator = Coordinator(
             metadata=metadata,
+            files=files,
             segments=segments,
             engines=engines,
             executor=LocalExecutor(),

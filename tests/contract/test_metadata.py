@@ -33,6 +33,7 @@ from pronghorn.domain.planning import Plan, PlannedShard
 from pronghorn.errors import Fenced, InvariantError
 from pronghorn.storage import tables
 from pronghorn.storage.database import Database
+from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 
 OpenDatabase = Callable[[], Awaitable[Database]]
@@ -83,6 +84,11 @@ async def metadata(database: Database) -> Metadata:
         await memory.add_account(account, account, 1)
         await memory.add_job(job(account))
     return memory
+
+
+@pytest.fixture
+def files(database: Database) -> Files:
+    return Files(database)
 
 
 def job(account: str = OURS, *, name: str = "default", created_at: int = 1) -> Job:
@@ -171,20 +177,20 @@ async def test_a_job_has_an_account_and_a_weight(metadata: Metadata) -> None:
 # Files
 
 
-async def test_a_file_is_an_ordered_list_of_blobs(metadata: Metadata) -> None:
+async def test_a_file_is_an_ordered_list_of_blobs(metadata: Metadata, files: Files) -> None:
     blobs = [BlobRef(key, size) for size, key in enumerate("zaybx")]
-    await metadata.add_file(file("a", size=10), blobs)
-    assert await metadata.file("file-a", OURS) == file("a", size=10)
-    assert await metadata.file_blobs("file-a") == blobs
-    assert await metadata.file("file-unheard", OURS) is None
-    assert await metadata.file_blobs("file-unheard") == []
+    await files.add(file("a", size=10), blobs)
+    assert await files.find("file-a", OURS) == file("a", size=10)
+    assert await files.blobs("file-a") == blobs
+    assert await files.find("file-unheard", OURS) is None
+    assert await files.blobs("file-unheard") == []
 
 
-async def test_a_file_that_could_not_be_remembered_whole_is_not_remembered(metadata: Metadata) -> None:
-    await metadata.add_file(file("a"), [BlobRef("a", 1)])
+async def test_a_file_that_could_not_be_remembered_whole_is_not_remembered(metadata: Metadata, files: Files) -> None:
+    await files.add(file("a"), [BlobRef("a", 1)])
     with pytest.raises(sa.exc.IntegrityError):
-        await metadata.add_file(file("a"), [BlobRef("other", 1)])
-    assert await metadata.file_blobs("file-a") == [BlobRef("a", 1)]
+        await files.add(file("a"), [BlobRef("other", 1)])
+    assert await files.blobs("file-a") == [BlobRef("a", 1)]
 
 
 # Batches
@@ -237,12 +243,12 @@ async def test_an_unknown_cursor_and_a_foreign_one_are_alike(metadata: Metadata)
     assert await metadata.list_batches(OURS, limit=1) == ([], False)
 
 
-async def test_accounts_do_not_see_each_other_s_rows(metadata: Metadata) -> None:
-    await metadata.add_file(file("theirs", THEIRS), [BlobRef("x", 1)])
+async def test_accounts_do_not_see_each_other_s_rows(metadata: Metadata, files: Files) -> None:
+    await files.add(file("theirs", THEIRS), [BlobRef("x", 1)])
     await metadata.add_batch(batch("theirs", THEIRS))
     assert await metadata.job(job(THEIRS).id, OURS) is None
     assert await metadata.jobs(OURS) == [job()]
-    assert await metadata.file("file-theirs", OURS) is None
+    assert await files.find("file-theirs", OURS) is None
     assert await metadata.batch("batch_theirs", OURS) is None
     assert await metadata.batch("batch_theirs", THEIRS) is not None
 
@@ -390,7 +396,7 @@ async def finish(metadata: Metadata, parts: Iterable[ShardResult]) -> Batch:
     return await found(metadata, "batch_1")
 
 
-async def test_the_parts_of_the_shards_in_order_are_the_files(metadata: Metadata) -> None:
+async def test_the_parts_of_the_shards_in_order_are_the_files(metadata: Metadata, files: Files) -> None:
     ended = await finish(
         metadata,
         [
@@ -402,22 +408,22 @@ async def test_the_parts_of_the_shards_in_order_are_the_files(metadata: Metadata
     )
     assert (ended.output_file_id, ended.error_file_id) == ("file-out", "file-err")
     assert ended.tally == Tally(3, 1, 1, Usage(7))
-    assert await metadata.file_blobs("file-out") == [
+    assert await files.blobs("file-out") == [
         BlobRef("a.output", 3),
         BlobRef("b.output", 4),
         BlobRef("d.output", 5),
     ]
-    assert await metadata.file_blobs("file-err") == [BlobRef("b.errors", 50), BlobRef("c.errors", 60)]
-    assert await metadata.file("file-out", OURS) == file("out", size=12)
-    assert await metadata.file("file-err", OURS) == file("err", size=110)
+    assert await files.blobs("file-err") == [BlobRef("b.errors", 50), BlobRef("c.errors", 60)]
+    assert await files.find("file-out", OURS) == file("out", size=12)
+    assert await files.find("file-err", OURS) == file("err", size=110)
 
 
 @pytest.mark.parametrize(("output", "errors"), [(3, 0), (0, 3)])
-async def test_a_file_of_no_parts_is_not_made(metadata: Metadata, output: int, errors: int) -> None:
+async def test_a_file_of_no_parts_is_not_made(metadata: Metadata, files: Files, output: int, errors: int) -> None:
     ended = await finish(metadata, [result(output=output, errors=errors)] * 2)
     assert (ended.output_file_id is not None, ended.error_file_id is not None) == (output > 0, errors > 0)
-    assert (await metadata.file("file-out", OURS) is not None) == (output > 0)
-    assert (await metadata.file("file-err", OURS) is not None) == (errors > 0)
+    assert (await files.find("file-out", OURS) is not None) == (output > 0)
+    assert (await files.find("file-err", OURS) is not None) == (errors > 0)
 
 
 async def test_a_batch_does_not_end_before_its_last_shard(metadata: Metadata) -> None:
@@ -428,21 +434,22 @@ async def test_a_batch_does_not_end_before_its_last_shard(metadata: Metadata) ->
     assert (await found(metadata, "batch_1")).status is S.FINALIZING
 
 
-async def test_a_batch_that_has_ended_meanwhile_leaves_no_second_file(metadata: Metadata) -> None:
+async def test_a_batch_that_has_ended_meanwhile_leaves_no_second_file(metadata: Metadata, files: Files) -> None:
     ended = await finish(metadata, [result(output=3)])
     stale = await metadata.batch(ended.id, OURS)
     assert stale is not None
     assert stale.status in TERMINAL
     with pytest.raises(InvariantError):
         await metadata.finish_batch(stale, S.COMPLETED, 31, output=file("again"), errors=None)
-    assert await metadata.file("file-again", OURS) is None
+    assert await files.find("file-again", OURS) is None
 
 
 async def test_what_a_batch_holds_survives_reopening(metadata: Metadata, open_database: OpenDatabase) -> None:
     ended = await finish(metadata, [result(output=3)])
-    reopened = Metadata(await open_database())
+    database = await open_database()
+    reopened = Metadata(database)
     assert await found(reopened, "batch_1") == ended
-    assert await reopened.file_blobs("file-out") == [BlobRef("part.output", 3)]
+    assert await Files(database).blobs("file-out") == [BlobRef("part.output", 3)]
     assert await reopened.jobs() == [job(), job(THEIRS)]
 
 

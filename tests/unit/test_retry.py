@@ -122,7 +122,7 @@ DISCONNECTED = "The engine closed the connection before it had answered."
     [
         (answer(500), SERVER_ERROR_ATTEMPTS_MAX, Failure()),
         (answer(502), ATTEMPTS_MAX, Failure()),
-        (answer(200, error("x")), SERVER_ERROR_ATTEMPTS_MAX, Failure()),
+        (answer(200, error("x")), SERVER_ERROR_ATTEMPTS_MAX, Failure(status=500)),
         (fault(FaultKind.DISCONNECTED), ATTEMPTS_MAX, Failure("upstream_disconnected", DISCONNECTED)),
         (
             fault(FaultKind.TOTAL_TIMEOUT),
@@ -295,7 +295,7 @@ def test_an_answer_with_odd_choices_stands(choices: object) -> None:
 def test_one_odd_part_does_not_hide_what_another_says() -> None:
     assert verdict(answer(200, {"usage": 5, "choices": [{"finish_reason": 3}, {"finish_reason": "abort"}]})) == FIRST
     assert verdict(answer(200, {"usage": 5, "choices": []})) == FIRST
-    assert verdict(answer(200, {"usage": 5, **error(400)})) == Failure()
+    assert verdict(answer(200, {"usage": 5, **error(400)})) == Failure(status=400)
     assert verdict(answer(200, b'{"usage": 5, "choices": [{}], "text": "cut o')) == FIRST
     assert verdict(answer(429, error("insufficient_quota", type=5))) == QUOTA
 

@@ -154,7 +154,7 @@ async def _store(system: System, path: Path) -> File:
     key = f"files/{file_id}"
     size = await asyncio.to_thread(copy, key)
     file = File(file_id, DEFAULT_ACCOUNT, "batch", path.name, size, system.clock.now())
-    await system.metadata.add_file(file, [BlobRef(key, size)])
+    await system.files.add(file, [BlobRef(key, size)])
     return file
 
 
@@ -250,7 +250,7 @@ async def _export(system: System, file_id: str | None, target: Path) -> None:
     scratch = target.with_name(target.name + ".part")
     with scratch.open("wb") as copy:
         if file_id is not None:
-            blobs = await system.metadata.file_blobs(file_id)
+            blobs = await system.files.blobs(file_id)
             async for chunk in system.blobs.read(blobs, 0, sum(blob.bytes for blob in blobs)):
                 await asyncio.to_thread(copy.write, chunk)
         copy.flush()

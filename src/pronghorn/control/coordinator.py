@@ -16,11 +16,12 @@ from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Rout
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
 from pronghorn.domain.fairness import Candidate, FairShare
-from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, Progress, ShardKey, Tally
+from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, Progress, Replica, ShardKey, Tally
 from pronghorn.domain.progress import Pace
 from pronghorn.engines.base import EnginePool
 from pronghorn.errors import Fenced
 from pronghorn.executors.base import Executor
+from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
 from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Moved, Ready, Report, Sent
@@ -67,6 +68,7 @@ class Coordinator:
         self,
         *,
         metadata: Metadata,
+        files: Files,
         segments: Segments,
         engines: EnginePool,
         executor: Executor,
@@ -78,6 +80,7 @@ class Coordinator:
         batch_ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._metadata = metadata
+        self._files = files
         self._segments = segments
         self._engines = engines
         self._planner = planner
@@ -86,7 +89,7 @@ class Coordinator:
         self._batch_ended = batch_ended
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._crew = [
-            CrewMember(executor, configure, engines.replicas, self._events.put_nowait) for _ in range(workers)
+            CrewMember(executor, configure, self._share_of_replicas, self._events.put_nowait) for _ in range(workers)
         ]
         self._open: dict[str, _Open] = {}
         self._planning: dict[str, asyncio.Task[None]] = {}
@@ -260,7 +263,7 @@ class Coordinator:
         if batch.id not in self._open:
             done, unfinished = await self._metadata.shard_progress(batch.id)
             job = await self._metadata.job(batch.job_id, batch.account_id)
-            blobs = await self._metadata.file_blobs(batch.input_file_id)
+            blobs = await self._files.blobs(batch.input_file_id)
             weight = job or Job(batch.job_id, batch.account_id, "", 1, 0)
             pace = Pace(self._clock.monotonic(), done.lines, _tokens(done))
             self._open[batch.id] = _Open(batch, weight, blobs, done, unfinished, pace)
@@ -269,6 +272,10 @@ class Coordinator:
     def _close(self, batch: Batch, closing: Closing) -> None:
         for member in self._crew:
             member.send(Close(batch.id, closing))
+
+    def _share_of_replicas(self) -> list[Replica]:
+        """Return the replicas as one worker may use them: a stated window is for all workers together."""
+        return [replica.shared_by(len(self._crew)) for replica in self._engines.replicas()]
 
     def _use_replicas(self) -> None:
         for member in self._crew:

@@ -254,6 +254,14 @@ class Replica(msgspec.Struct, frozen=True):
     slots: int | None = None
     api_key_env: str | None = None
 
+    def shared_by(self, workers: int) -> Replica:
+        """Return the replica with its stated window and slots divided among so many workers."""
+
+        def part(of: int | None) -> int | None:
+            return None if of is None else max(1, -(-of // workers))
+
+        return msgspec.structs.replace(self, window=part(self.window), slots=part(self.slots))
+
     def answers(self, endpoint: Endpoint, model: str) -> bool:
         """Tell whether lines for `endpoint` that name `model` can be sent here."""
         return endpoint in self.endpoints and (self.models is None or model in self.models)

@@ -1,4 +1,4 @@
-"""Everything the system remembers apart from file contents: jobs, files, batches, shards.
+"""What the system remembers of accounts, jobs, batches and shards; files have a module of their own.
 
 Every state change is a compare-and-set whose row count is checked: an UPDATE names the id and the state it expects
 (and, for a shard, the epoch), and a change that finds no such row is refused with `Fenced`.
@@ -7,7 +7,6 @@ Every state change is a compare-and-set whose row count is checked: an UPDATE na
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -101,34 +100,6 @@ class Metadata:
             query = query.where(jobs.c.account_id == account_id)
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
         return [Job(**row) for row in rows]
-
-    # Files
-
-    async def add_file(self, file: File, blobs: Sequence[BlobRef]) -> None:
-        """Remember a file whose blobs are already stored."""
-
-        def write(connection: sa.Connection) -> None:
-            _insert_file(connection, file)
-            rows = [
-                {"file_id": file.id, "position": position, "key": blob.key, "bytes": blob.bytes}
-                for position, blob in enumerate(blobs)
-            ]
-            connection.execute(file_blobs.insert(), rows)
-
-        await self._database.write(write)
-
-    async def file(self, file_id: str, account_id: str) -> File | None:
-        """Return a file of this account; another account's is as good as none."""
-        query = files.select().where(files.c.id == file_id, files.c.account_id == account_id)
-        row = await self._database.read(lambda c: c.execute(query).mappings().first())
-        return _file(row) if row else None
-
-    async def file_blobs(self, file_id: str) -> list[BlobRef]:
-        """Return a file's blobs in order."""
-        columns = (file_blobs.c.key, file_blobs.c.bytes)
-        query = sa.select(*columns).where(file_blobs.c.file_id == file_id).order_by(file_blobs.c.position)
-        rows = await self._database.read(lambda c: c.execute(query).all())
-        return [BlobRef(key, size) for key, size in rows]
 
     # Batches
 
@@ -415,16 +386,12 @@ def _shard_totals(batch_id: str) -> sa.Select[Any]:
     return sa.select(sa.func.coalesce(unfinished, 0).label("unfinished"), *sums).where(shards.c.batch_id == batch_id)
 
 
-def _insert_file(connection: sa.Connection, file: File) -> None:
-    connection.execute(files.insert().values(**msgspec.structs.asdict(file)))
-
-
 def _file_of_parts(
     connection: sa.Connection, file: File, batch_id: str, key: sa.Column[Any], size: sa.Column[Any]
 ) -> None:
     parts = shards.c.batch_id == batch_id, key.is_not(None)
     total = connection.scalar(sa.select(sa.func.sum(size)).where(*parts))
-    _insert_file(connection, msgspec.structs.replace(file, bytes=total))
+    connection.execute(files.insert().values(**msgspec.structs.asdict(msgspec.structs.replace(file, bytes=total))))
     rows = sa.select(sa.literal(file.id), shards.c.position, key, size).where(*parts)
     connection.execute(file_blobs.insert().from_select(["file_id", "position", "key", "bytes"], rows))
 
@@ -437,10 +404,6 @@ def _tally_values(tally: Tally) -> dict[str, int]:
 def _tally(row: sa.RowMapping) -> Tally:
     usage = Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"], row["reasoning_tokens"])
     return Tally(row["completed"], row["failed"], row["unrun"], usage)
-
-
-def _file(row: sa.RowMapping) -> File:
-    return File(**{name: row[name] for name in File.__struct_fields__})
 
 
 def _shard(row: sa.RowMapping) -> Shard:
