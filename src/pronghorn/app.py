@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pronghorn
-from pronghorn.api import batches, faults, files, jobs, live, models, reruns, streams, uploads, webhooks
+from pronghorn.api import batches, faults, files, jobs, live, models, reruns, streams, uploads, webhooks, wire
 from pronghorn.api.launch import Launcher
 from pronghorn.domain.addresses import AllowedHosts
 from pronghorn.errors import TooLarge
@@ -26,7 +26,14 @@ _COMPLETE_UPLOAD = re.compile(r"/v1/uploads/[^/]+/complete")
 def create_app(system: System, settings: Settings) -> FastAPI:
     """Return the ASGI application over a running system."""
     app = FastAPI(
-        title="Pronghorn", version=pronghorn.__version__, redirect_slashes=False, docs_url="/docs", redoc_url=None
+        title="Pronghorn",
+        version=pronghorn.__version__,
+        redirect_slashes=False,
+        docs_url="/docs",
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+        # Naming what every error looks like also keeps FastAPI from documenting a 422 that is never sent.
+        responses={"default": {"description": "An error", "model": wire.ErrorEnvelope}},
     )
     faults.install(app)
     clock, ids = system.clock, system.ids

@@ -13,7 +13,6 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from pronghorn.api import wire
 from pronghorn.api.auth import caller
 from pronghorn.domain.model import Endpoint
 from pronghorn.domain.validation import type_name
@@ -52,7 +51,6 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
             "text/event-stream": {"schema": {"type": "string"}},
         },
     },
-    "default": {"description": "An error", "model": wire.ErrorEnvelope},
 }
 
 

@@ -24,7 +24,7 @@ from pronghorn.domain.answers import Answer, Fault
 from pronghorn.domain.flow import Window
 from pronghorn.domain.model import BlobRef, Closing, Endpoint, Replica, Shard, ShardKey, Tally, Usage
 from pronghorn.domain.planning import LineSplitter, RawLine
-from pronghorn.engines.client import EngineClient, Timeouts
+from pronghorn.engines.client import Call, EngineClient, Timeouts
 from pronghorn.errors import Damaged, StorageError, unreachable
 from pronghorn.limits import MIB
 from pronghorn.storage.blobs import Blobs
@@ -46,6 +46,8 @@ READ_AHEAD_LINES = 4096
 # Outcomes that wait for the disk: past this no further line is sent until it has caught up.
 UNDURABLE_BYTES_MAX = 32 * MIB
 PROGRESS_INTERVAL_S = 0.25
+# OpenAI's bound for cancelling: lines in flight may finish, but an engine that hangs does not hold a batch for ever.
+CLOSING_S_MAX = 600.0
 
 
 class _RawLine(msgspec.Struct):
@@ -59,7 +61,7 @@ _decode_line = msgspec.json.Decoder(_RawLine).decode
 class _Line:
     """A line on its way to its outcome."""
 
-    __slots__ = ("body", "charged", "custom_id", "number", "run", "tries")
+    __slots__ = ("body", "call", "charged", "custom_id", "number", "run", "tries")
 
     def __init__(self, run: _ShardRun, number: int, custom_id: bytes, body: bytes) -> None:
         self.run = run
@@ -68,6 +70,7 @@ class _Line:
         self.body = body
         self.tries = 0
         self.charged = 0
+        self.call: Call | None = None
 
     @property
     def identity(self) -> tuple[str, int, bytes]:
@@ -85,6 +88,7 @@ class _ShardRun:
         self.closing: Closing | None = order.closing
         self.rejects = {reject.line: reject for reject in order.shard.rejects}
         self.ready: deque[_Line] = deque()
+        self.in_flight: set[_Line] = set()
         self.places: dict[int, Place] = {}
         self.counter = Counter()
         self.all_read = False
@@ -262,13 +266,20 @@ class Dispatcher:
         self._spawn(self._start(run))
 
     def close_batch(self, batch_id: str, closing: Closing) -> None:
-        """Record every unsent line of a batch as not run."""
+        """Record every unsent line of a batch as not run; lines in flight get CLOSING_S_MAX to finish."""
         for run in [run for run in self._runs.values() if run.key.batch_id == batch_id]:
+            if run.closing is None:
+                asyncio.get_running_loop().call_later(CLOSING_S_MAX, self._break_off, run)
             run.closing = closing
             for line in [line for line in self._timers if line.run is run]:
                 self._timers.pop(line).cancel()
                 run.ready.append(line)
             self._shard_moved(run.key)
+
+    def _break_off(self, run: _ShardRun) -> None:
+        for line in list(run.in_flight):
+            if line.call is not None:
+                line.call.abort()
 
     async def stop(self, drain_s: float) -> None:
         """Send nothing more; record the answers that come within `drain_s`, then end."""
@@ -314,7 +325,8 @@ class Dispatcher:
         lane.in_flight += 1
         line.tries += 1
         line.charged += 1
-        lane.client.send(line.run.endpoint.path, line.body, partial(self._answered, line, lane, now))
+        line.run.in_flight.add(line)
+        line.call = lane.client.send(line.run.endpoint.path, line.body, partial(self._answered, line, lane, now))
 
     def _answered(self, line: _Line, lane: _Lane, sent_at: float, answer: Answer | Fault) -> None:
         now = self._clock.monotonic()
@@ -322,6 +334,7 @@ class Dispatcher:
         verdict = retry.judge(answer, line.run.endpoint, effort, self._clock.now())
         lane.window.answered(now, lane.in_flight + lane.live)
         lane.in_flight -= 1
+        line.run.in_flight.discard(line)
         match verdict:
             case retry.Success(usage):
                 self._resume(lane)
