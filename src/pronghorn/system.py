@@ -83,6 +83,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         blobs, segments = Blobs(data_dir / "blobs"), Segments(data_dir / "segments")
         files, uploads = Files(database), Uploads(database)
         await uploads.drop_interrupted()
+        await asyncio.to_thread(blobs.drop_unfinished, "files")
         engines = build_engines(settings)
         await engines.start()
         stack.push_async_callback(engines.stop)

@@ -176,3 +176,15 @@ def test_deleting_a_blob_takes_what_an_interrupted_writer_left(blobs: Blobs, tmp
 
 def test_an_empty_blob_is_a_blob(blobs: Blobs) -> None:
     assert read(blobs, [store(blobs, "x", b"")], 0, 0) == b""
+
+
+def test_what_an_earlier_run_left_unfinished_is_dropped(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    with blobs.writer("files/kept") as writer:
+        writer.write(b"whole")
+        writer.commit()
+    interrupted = blobs.writer("files/lost")
+    interrupted.write(b"half")
+    Blobs(tmp_path).drop_unfinished("files")
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["kept"]
+    interrupted.__exit__(None, None, None)

@@ -46,7 +46,17 @@ class Maintenance:
         await self._remove_blobs()
 
     async def _remove_blobs(self) -> None:
-        while keys := await self._files.removals():
-            for key in keys:
-                await self._blobs.delete(key)
-            await self._files.removed(keys)
+        """Remove what is marked; a blob that cannot be removed keeps its mark and holds up no other."""
+        refused = 0
+        while keys := await self._files.removals(skip=refused):
+            removed = [key for key in keys if await self._is_removed(key)]
+            await self._files.removed(removed)
+            refused += len(keys) - len(removed)
+
+    async def _is_removed(self, key: str) -> bool:
+        try:
+            await self._blobs.delete(key)
+        except Exception:
+            log.exception("%s cannot be removed from storage", key)
+            return False
+        return True

@@ -85,6 +85,11 @@ class Blobs:
         for key, first, last in _ranges(blobs, start, end):
             yield self._get(key, first, last)
 
+    def drop_unfinished(self, folder: str) -> None:
+        """Remove what writers of an earlier run left unfinished below a folder; call it before there are new ones."""
+        for path in (self._directory / folder).glob(f"*{_UNFINISHED}"):
+            path.unlink()
+
     async def delete(self, key: str) -> None:
         """Remove a blob and what an interrupted writer left of it; what is not there is already removed."""
         for name in (key, key + _UNFINISHED):

@@ -84,9 +84,9 @@ class Files:
         due = files.c.expires_at <= now, ~sa.exists().where(_being_read(files.c.id))
         return await self._database.write(lambda connection: _forget(connection, *due))
 
-    async def removals(self) -> list[str]:
-        """Return keys of blobs to remove from storage, up to a bound."""
-        query = sa.select(blob_removals.c.key).limit(REMOVALS_MAX)
+    async def removals(self, skip: int = 0) -> list[str]:
+        """Return keys of blobs to remove from storage, up to a bound, in the order of keys after the first `skip`."""
+        query = sa.select(blob_removals.c.key).order_by(blob_removals.c.key).offset(skip).limit(REMOVALS_MAX)
         return list(await self._database.read(lambda c: c.scalars(query).all()))
 
     async def removed(self, keys: Sequence[str]) -> None:
