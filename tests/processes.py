@@ -65,6 +65,11 @@ class Process:
                     continue
         return found
 
+    def peak_bytes(self) -> int:
+        """Return the most memory that it has had resident so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
     def worker_pid(self) -> int:
         """Return the process id of its worker, after waiting for one that is just being replaced."""
         deadline = time.monotonic() + START_S

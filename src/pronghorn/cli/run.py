@@ -190,7 +190,7 @@ class _Bar:
     def __init__(self) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rates]}"),
             TimeRemainingColumn(),

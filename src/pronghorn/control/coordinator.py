@@ -168,6 +168,8 @@ class Coordinator:
                 for shard in shards:
                     held = member.held.get(shard.key)
                     if held and held.epoch == shard.epoch and (batch := self._open.get(shard.key.batch_id)):
+                        if batch.live.get(shard.key, Tally()) != shard.tally:
+                            batch.broken = None
                         batch.live[shard.key] = shard.tally
             case Done(key, epoch):
                 await self._commit(member, report)
