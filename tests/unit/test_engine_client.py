@@ -19,7 +19,6 @@ import uvloop
 
 from pronghorn import __version__
 from pronghorn.domain.answers import Answer, Fault, FaultKind
-from pronghorn.engines import client as module
 from pronghorn.engines.client import (
     AnswerCutError,
     AnswerStream,
@@ -29,6 +28,7 @@ from pronghorn.engines.client import (
     EngineRequestError,
     Timeouts,
 )
+from pronghorn.engines.connection import Connection
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n4;x=y\r\n  []\r\n0\r\nStatus: 500\r\n\r\n"
@@ -179,14 +179,14 @@ class Signal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
         self.count = 0
         self.event = asyncio.Event()
-        original = getattr(module._Connection, method)
+        original = getattr(Connection, method)
 
         def called(connection: Any, *args: Any) -> None:
             original(connection, *args)
             self.count += 1
             self.event.set()
 
-        monkeypatch.setattr(module._Connection, method, called)
+        monkeypatch.setattr(Connection, method, called)
 
     async def next(self) -> None:
         await self.event.wait()

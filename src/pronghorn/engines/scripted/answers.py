@@ -190,7 +190,7 @@ def _compose_response(asked: Asked, key: str, style: Style) -> Answer:
         "top_p": 1.0,
         "usage": {
             "input_tokens": asked.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
             "output_tokens": tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": asked.prompt_tokens + tokens,
