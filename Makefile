@@ -33,6 +33,10 @@ serve: install ## Start the server on http://127.0.0.1:8080
 test: install ## Run the tests
 	$(BIN)/python -m pytest
 
+.PHONY: test-compat
+test-compat: install ## Run the tests of the official OpenAI client with the one of a year ago
+	tests/compat/run
+
 .PHONY: lint
 lint: install ## Check style, types and layering
 	$(BIN)/ruff check .

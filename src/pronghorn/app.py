@@ -51,6 +51,7 @@ def create_app(system: System, settings: Settings) -> FastAPI:
     app.include_router(webhooks.routes(system.webhooks, clock, ids, allowed=allowed, send=system.courier.send))
     app.include_router(live.routes(system.relay))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["Health"])
     async def health() -> dict[str, str]:
         """Answer once the server takes requests."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from openai.resources.webhooks import Webhooks
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
-from openai.types.webhooks import UnwrapWebhookEvent
 from tests.faults.test_kill import batch_input
 from tests.processes import ScriptedProcess, Server
 from tests.receiver import Receiver
@@ -102,7 +101,8 @@ class Witness:
 
 
 def _matches(route: str, asked: str) -> bool:
-    return re.fullmatch(re.escape(route).replace(r"\{\}", "[^/]+"), asked) is not None
+    anything = ".+" if "/models/" in route else "[^/]+"  # older clients send the slashes in a model's name as they are
+    return re.fullmatch(re.escape(route).replace(r"\{\}", anything), asked) is not None
 
 
 class Site(NamedTuple):
@@ -140,8 +140,8 @@ async def site(request: pytest.FixtureRequest, server: Server, witnesses: dict[s
         with openai.OpenAI(http_client=transport, **options) as client:
             yield Site(server, client, witness)
     else:
-        transport = openai.DefaultAsyncHttpxClient(event_hooks={"response": [witness.look_async]})
-        async with openai.AsyncOpenAI(http_client=transport, **options) as client:
+        async_transport = openai.DefaultAsyncHttpxClient(event_hooks={"response": [witness.look_async]})
+        async with openai.AsyncOpenAI(http_client=async_transport, **options) as client:
             yield Site(server, client, witness)
     deviations, witness.deviations = witness.deviations, []
     assert not deviations
@@ -221,8 +221,8 @@ async def test_files_page_by_page(site: Site) -> None:
 
 async def test_a_batch_that_completes(site: Site) -> None:
     fields = {"metadata": {"team": "a"}, "output_expires_after": {"anchor": "created_at", "seconds": 3600}}
-    created = await started(site, batch_input(20) + batch_input(2, "[[scripted fault=400]]").replace(b"line", b"bad"),
-                            **fields)  # fmt: skip
+    bad = batch_input(2, "[[scripted fault=400 times=always]]").replace(b"line", b"bad")
+    created = await started(site, batch_input(20) + bad, **fields)
     assert re.fullmatch(r"batch_[0-9a-f]{32}", created.id)
     assert (created.object, created.status, created.model) == ("batch", "validating", None)
     assert created.expires_at == created.created_at + 86400
@@ -293,14 +293,15 @@ async def test_a_batch_that_is_cancelled(site: Site) -> None:
 
 
 async def test_a_batch_that_expires(site: Site) -> None:
-    batch = await ended(
-        site, await started(site, batch_input(50, "[[scripted delay_ms=60000]]"), completion_window="1s")
-    )
+    created = await started(site, batch_input(4000, "[[scripted delay_ms=500]]"), completion_window="1s")
+    batch = await ended(site, created)
     assert batch.status == "expired"
     assert batch.expired_at >= batch.expires_at == batch.created_at + 1
-    lines = await results(site, batch.error_file_id)
-    assert {line["error"]["code"] for line in lines} <= {"batch_expired", "request_timeout"}
-    assert len(lines) == 50
+    answers = await results(site, batch.output_file_id) if batch.output_file_id else []
+    unsent = await results(site, batch.error_file_id)
+    assert {line["error"]["code"] for line in unsent} == {"batch_expired"}
+    assert len(answers) + len(unsent) == 4000
+    assert batch.request_counts.to_dict() == {"total": 4000, "completed": len(answers), "failed": 0}
 
 
 async def test_batches_page_by_page(site: Site) -> None:
@@ -373,9 +374,6 @@ async def test_live_streams(site: Site) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices).endswith("say this")
     pieces = await every(client.completions.create(model="scripted", prompt="say this", stream=True))
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices).endswith("say this")
-    events = await every(client.responses.create(model="scripted", input="say this", stream=True))
-    assert [events[0].type, events[-1].type] == ["response.created", "response.completed"]
-    assert "".join(event.delta for event in events if event.type == "response.output_text.delta").endswith("say this")
 
 
 @pytest.mark.skipif(not CLIENT_MANAGES_WEBHOOKS, reason="this client has no webhooks.create and its kin (2026-09)")
@@ -407,9 +405,7 @@ async def test_events_are_verified_and_typed(site: Site) -> None:
             batch = await ended(site, await started(site, content))
             received = receiver.take()
             check(f"WebhookBatch{kind.title()}", json.loads(received.body))
-            event: UnwrapWebhookEvent = site.client.webhooks.unwrap(
-                received.body, received.headers, secret=endpoint["signing_secret"]
-            )
+            event = site.client.webhooks.unwrap(received.body, received.headers, secret=endpoint["signing_secret"])
             assert (event.type, event.data.id) == (f"batch.{kind}", batch.id)
         site.server.http.delete(f"/v1/webhook_endpoints/{endpoint['id']}").raise_for_status()
 
@@ -477,7 +473,7 @@ async def test_a_batch_that_cannot_be_is_refused_in_openais_words(
 
 async def test_what_does_not_exist(site: Site) -> None:
     client = site.client
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: client.batches.retrieve(UNKNOWN_BATCH),
         lambda: client.batches.retrieve("batch-nonexistent"),
         lambda: client.batches.cancel(UNKNOWN_BATCH),
@@ -514,7 +510,7 @@ async def test_a_page_has_bounds(site: Site, limit: int, code: str) -> None:
 
 async def test_files_that_are_refused(site: Site) -> None:
     create = site.client.files.create
-    refusals = [
+    refusals: list[tuple[Callable[[], Any], str]] = [
         (lambda: create(file=("in.txt", b"{}"), purpose="batch"), "Must be .jsonl"),
         (lambda: create(file=("in.jsonl", b""), purpose="batch"), "Must be .jsonl"),
         (lambda: create(file=("in.jsonl", b"nonsense\n"), purpose="batch"), "Must be .jsonl"),

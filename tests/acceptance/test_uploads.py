@@ -240,7 +240,7 @@ def test_a_part_that_is_no_part_is_refused_and_leaves_nothing(lone: UploadServer
     [
         ({"purpose": "other"}, None, None),
         ({"filename": "input.txt"}, None, None),
-        ({"filename": ""}, "invalid_value", "filename"),
+        ({"filename": ""}, "string_below_min_length", "filename"),
         ({"mime_type": "image/png"}, "invalid_value", "mime_type"),
         ({"bytes": 0}, "integer_below_min_value", "bytes"),
         ({"bytes": UPLOAD_BYTES_MAX + 1}, "integer_above_max_value", "bytes"),

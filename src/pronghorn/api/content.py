@@ -56,6 +56,8 @@ def respond(request: Request, file: File, refs: list[BlobRef], blobs: Blobs) -> 
         headers["Content-Range"] = f"bytes {span.start}-{span.end - 1}/{file.bytes}"
     start, end = span or Span(0, file.bytes)
     headers["Content-Length"] = str(end - start)
+    if request.method == "HEAD":
+        return Response(status_code=status, media_type="application/octet-stream", headers=headers)
     body = blobs.read(refs, start, end)
     return StreamingResponse(body, status_code=status, media_type="application/octet-stream", headers=headers)
 

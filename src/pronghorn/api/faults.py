@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from pronghorn.domain.validation import type_name
 from pronghorn.errors import OutOfSpace, RequestError
@@ -28,6 +29,37 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "list_type": "an array",
+}
+# Pydantic's constraints, each with OpenAI's code and words for it.
+_BOUNDS = {
+    "less_than_equal": (
+        "integer_above_max_value",
+        "integer above maximum value. Expected a value <= {le}, but got {got} instead.",
+    ),
+    "greater_than_equal": (
+        "integer_below_min_value",
+        "integer below minimum value. Expected a value >= {ge}, but got {got} instead.",
+    ),
+    "string_too_long": (
+        "string_above_max_length",
+        "string too long. Expected a string with maximum length {max_length}, but got a string with length {got} "
+        "instead.",
+    ),
+    "string_too_short": (
+        "string_below_min_length",
+        "string too short. Expected a string with minimum length {min_length}, but got a string with length {got} "
+        "instead.",
+    ),
+    "too_long": (
+        "array_above_max_length",
+        "array too long. Expected an array with maximum length {max_length}, but got an array with length {got} "
+        "instead.",
+    ),
+    "too_short": (
+        "array_below_min_length",
+        "array too short. Expected an array with minimum length {min_length}, but got an array with length {got} "
+        "instead.",
+    ),
 }
 
 
@@ -65,11 +97,22 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 404:
         fault = RequestError(f"Invalid URL ({where})", code="unknown_url")
     elif error.status_code == 405:
-        fault = RequestError(f"Not allowed: {where}. This URL takes other methods.", code="method_not_allowed")
+        allowed = ", ".join(_methods_of(request))
+        error.headers = {"Allow": allowed}
+        fault = RequestError(f"Not allowed: {where}. This URL takes {allowed}.", code="method_not_allowed")
+    elif error.status_code == 400:
+        fault = _unparsable()  # the framework raises this for nothing else
     else:
         fault = RequestError(str(error.detail))
     fault.status = error.status_code
     return envelope(fault, error.headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return the methods that this URL takes; the framework only knows those of the first route that it fits."""
+    routes, scope = request.app.routes, request.scope
+    methods = ("GET", "HEAD", "POST", "DELETE")
+    return [name for name in methods if any(r.matches({**scope, "method": name})[0] is Match.FULL for r in routes)]
 
 
 async def _os_error(request: Request, error: Exception) -> JSONResponse:
@@ -87,24 +130,31 @@ async def _bug(request: Request, error: Exception) -> JSONResponse:
 
 def explain(problem: dict[str, Any]) -> RequestError:
     """Return what OpenAI would say about the first thing that is wrong with a request's body or query."""
-    param = ".".join(str(part) for part in problem["loc"][1:]) or None
+    param = _param(problem["loc"][1:])
     kind, value = problem["type"], problem.get("input")
-    if kind == "json_invalid":
-        return RequestError("We could not parse the JSON body of your request.")
+    if kind in ("json_invalid", "string_unicode"):
+        return _unparsable()
     if kind == "missing":
         if param is None:
             return RequestError("The request needs a JSON body.")
         return RequestError(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "extra_forbidden":
         return RequestError(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    if isinstance(value, bytes):  # what was sent was not said to be JSON, and so not parsed
+        message = "Unsupported content type. Send the body as JSON, with the header 'Content-Type: application/json'."
+        return RequestError(message, code="unsupported_content_type")
     if kind in _EXPECTED:
         got = type_name(value)
         message = f"Invalid type for '{param}': expected {_EXPECTED[kind]}, but got {got} instead."
         if param is None:
             message = f"The request's body must be a JSON object, but it is {got}."
         return RequestError(message, param=param, code="invalid_type")
-    if kind in ("less_than_equal", "greater_than_equal"):
-        return _out_of_range(param, kind, value, problem["ctx"])
+    if kind in _BOUNDS:
+        return _out_of_bounds(param, kind, value, problem["ctx"])
+    if kind == "literal_error":
+        supported = problem["ctx"]["expected"].replace(" or ", " and ")
+        message = f"Invalid value: '{value}'. Supported values are: {supported}."
+        return RequestError(message, param=param, code="invalid_value")
     param = problem.get("ctx", {}).get("param", param)
     known = (
         "invalid_value",
@@ -117,10 +167,16 @@ def explain(problem: dict[str, Any]) -> RequestError:
     return RequestError(message, param=param, code=code)
 
 
-def _out_of_range(param: str | None, kind: str, value: object, bounds: dict[str, Any]) -> RequestError:
-    if kind == "less_than_equal":
-        limit, expected, code = "above maximum", f"<= {bounds['le']}", "integer_above_max_value"
-    else:
-        limit, expected, code = "below minimum", f">= {bounds['ge']}", "integer_below_min_value"
-    message = f"Invalid '{param}': integer {limit} value. Expected a value {expected}, but got {value} instead."
-    return RequestError(message, param=param, code=code)
+def _param(place: Sequence[str | int]) -> str | None:
+    """Return the name of a value's place in the body: `metadata.key`, `part_ids[3]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or None
+
+
+def _unparsable() -> RequestError:
+    return RequestError("We could not parse the JSON body of your request.")
+
+
+def _out_of_bounds(param: str | None, kind: str, value: Any, bounds: dict[str, Any]) -> RequestError:
+    code, words = _BOUNDS[kind]
+    got = value if code.startswith("integer") else len(value)
+    return RequestError(f"Invalid '{param}': {words.format(**bounds, got=got)}", param=param, code=code)

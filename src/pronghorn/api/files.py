@@ -84,6 +84,7 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
         await files.removed(keys)
         return wire.FileDeleted(id=file_id)
 
+    @router.head("/v1/files/{file_id}/content", include_in_schema=False)
     @router.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=_CONTENT)
     async def download_file(request: Request, file_id: str, account_id: Annotated[str, Depends(caller)]) -> Response:
         """Return a file's content, or a range of it."""

@@ -47,7 +47,11 @@ async def receive(
     Raises InvalidRequest for a body that is not a well-formed form or ends early, UnsupportedBody for a compressed one,
     TooLarge as soon as the file is above `file_bytes_max`.
     """
-    parser = _FormReader(_boundary(headers, file_field), file_field, file_bytes_max)
+    boundary = _boundary(headers, file_field)
+    try:
+        parser = _FormReader(boundary, file_field, file_bytes_max)
+    except FormParserError as error:
+        raise InvalidRequest(f"The multipart body is malformed: {error}") from error
     try:
         async for chunk in chunks:
             parser.feed(chunk)

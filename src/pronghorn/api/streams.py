@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
@@ -25,26 +25,29 @@ HEARTBEAT_S = 15.0
 Offset = Annotated[int, Query(ge=0, description="Bytes to leave out at the start, to go on after a break.")]
 Follow = Annotated[bool, Query(description="Keep the connection open until the batch has ended.")]
 
+_LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": {"schema": {"type": "string"}}}}}
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
 
 def routes(metadata: Metadata, blobs: Blobs, clock: Clock) -> APIRouter:
     """Return the routes that watch a batch."""
     router = APIRouter(tags=["Batch"])
 
-    @router.get("/v1/batches/{batch_id}/output", response_class=StreamingResponse)
+    @router.get("/v1/batches/{batch_id}/output", response_class=StreamingResponse, responses=_LINES)
     async def stream_output(
         batch_id: str, account_id: Annotated[str, Depends(caller)], offset: Offset = 0, follow: Follow = False
     ) -> StreamingResponse:
         """Return the output file as far as it is known, in input order."""
         return results(await find_batch(metadata, batch_id, account_id), Result.OUTPUT, offset, follow)
 
-    @router.get("/v1/batches/{batch_id}/errors", response_class=StreamingResponse)
+    @router.get("/v1/batches/{batch_id}/errors", response_class=StreamingResponse, responses=_LINES)
     async def stream_errors(
         batch_id: str, account_id: Annotated[str, Depends(caller)], offset: Offset = 0, follow: Follow = False
     ) -> StreamingResponse:
         """Return the error file as far as it is known, in input order."""
         return results(await find_batch(metadata, batch_id, account_id), Result.ERRORS, offset, follow)
 
-    @router.get("/v1/batches/{batch_id}/events", response_class=StreamingResponse)
+    @router.get("/v1/batches/{batch_id}/events", response_class=StreamingResponse, responses=_EVENTS)
     async def stream_events(batch_id: str, account_id: Annotated[str, Depends(caller)]) -> StreamingResponse:
         """Send the batch as a server-sent event whenever it changes, until it has ended."""
         events = changes(await find_batch(metadata, batch_id, account_id))

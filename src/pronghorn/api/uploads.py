@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NoReturn
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 
 from pronghorn.api import intake, multipart, wire
 from pronghorn.api.auth import caller
@@ -46,11 +46,7 @@ BATCH_MIME_TYPES = frozenset(
 )
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class CreateUpload(_Request):
+class CreateUpload(wire.Request):
     """A file to be sent in parts."""
 
     filename: Annotated[str, StringConstraints(min_length=1)]
@@ -60,7 +56,7 @@ class CreateUpload(_Request):
     expires_after: wire.ExpiresAfter | None = None
 
 
-class CompleteUpload(_Request):
+class CompleteUpload(wire.Request):
     """The parts in the order in which they make the file."""
 
     part_ids: Annotated[list[str], Field(max_length=UPLOAD_PARTS_MAX)]

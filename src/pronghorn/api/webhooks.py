@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from pronghorn.api import wire
 from pronghorn.api.auth import caller
 from pronghorn.clock import Clock
 from pronghorn.domain.addresses import AllowedHosts, Refused, judge_url
@@ -113,22 +114,7 @@ class WebhookDeliveryList(BaseModel):
     has_more: bool
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @field_validator("name", "url", check_fields=False)
-    @classmethod
-    def _is_short(cls, value: str, info: ValidationInfo) -> str:
-        chars_max = NAME_CHARS_MAX if info.field_name == "name" else URL_CHARS_MAX
-        if len(value) > chars_max:
-            raise PydanticCustomError(
-                "string_above_max_length",
-                "Invalid '{param}': string too long. Expected a string with maximum length {max}, but got a string "
-                "with length {got} instead.",
-                {"param": info.field_name, "max": chars_max, "got": len(value)},
-            )
-        return value
-
+class _Request(wire.Request):
     @field_validator("event_types", check_fields=False)
     @classmethod
     def _are_known(cls, value: list[str]) -> list[str]:
@@ -137,8 +123,8 @@ class _Request(BaseModel):
         return list(dict.fromkeys(value))
 
 
-_Name = Annotated[str, Field(min_length=1, json_schema_extra={"maxLength": NAME_CHARS_MAX})]
-_Url = Annotated[str, Field(json_schema_extra={"maxLength": URL_CHARS_MAX, "format": "uri"})]
+_Name = Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)]
+_Url = Annotated[str, Field(max_length=URL_CHARS_MAX, json_schema_extra={"format": "uri"})]
 _EventType = Annotated[str, Field(json_schema_extra={"enum": [event_type.value for event_type in EventType]})]
 _EventTypes = Annotated[list[_EventType], Field(min_length=1)]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pronghorn.domain.causes import Cause
 from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, OnInvalid, Tally
 from pronghorn.domain.planning import Census, Plan, Rejection
+from pronghorn.domain.validation import is_too_deep
 from pronghorn.engines.base import ModelInfo
 from pronghorn.limits import METADATA_KEY_CHARS_MAX, METADATA_PAIRS_MAX, METADATA_VALUE_CHARS_MAX
 
@@ -223,11 +225,26 @@ class BatchCheck(BaseModel):
     estimated_prompt_tokens: int
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
+    """The body of a request: nothing unknown in it, no conversions, and only what can be written down again."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_sound(cls, body: Any) -> Any:
+        """Refuse what Python's decoder takes and no encoder does: halves of surrogate pairs, NaN, endless nesting."""
+        if isinstance(body, dict):
+            try:
+                sound = not is_too_deep(json.dumps(body, ensure_ascii=False, allow_nan=False).encode())
+            except (ValueError, RecursionError):
+                sound = False
+            if not sound:
+                raise PydanticCustomError("json_invalid", "The body is no JSON that can be passed on")
+        return body
 
-class CreateJob(_Request):
+
+class CreateJob(Request):
     """A new job: a name for people, and its share of the engine against other jobs."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -254,14 +271,14 @@ Window = Annotated[str, AfterValidator(_check_window)]
 Metadata = Annotated[dict[str, str], AfterValidator(_check_metadata)]
 
 
-class ExpiresAfter(_Request):
+class ExpiresAfter(Request):
     """When a file goes: so many seconds after it was created."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2592000)]
 
 
-class CreateBatch(_Request):
+class CreateBatch(Request):
     """A new batch."""
 
     input_file_id: str
@@ -295,17 +312,8 @@ class CreateBatch(_Request):
             )
         return value
 
-    @field_validator("on_invalid", mode="before")
-    @classmethod
-    def _is_policy(cls, value: object) -> object:
-        if isinstance(value, str) and value not in ("fail", "skip"):
-            raise PydanticCustomError(
-                "invalid_value", "Invalid value: '{value}'. Supported values are: 'fail' and 'skip'.", {"value": value}
-            )
-        return value
 
-
-class RetryBatch(_Request):
+class RetryBatch(Request):
     """Which failed lines of an ended batch to run again, and what to change in their bodies; null removes a field."""
 
     codes: list[str] = []

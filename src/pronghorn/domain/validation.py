@@ -93,7 +93,7 @@ def check_line(raw: bytes, rules: Rules) -> CheckedLine | None:
         or getattr(body, _REQUIRED_INPUT[rules.endpoint]) is msgspec.UNSET
         or len(line.custom_id) > CUSTOM_ID_CHARS_MAX
         or (b"\\" in raw and _has_lone_surrogate(raw))
-        or _is_too_deep(raw)
+        or is_too_deep(raw)
         or not rules.knows_model(body.model)
     ):
         return None
@@ -116,7 +116,7 @@ def explain(raw: bytes, number: int, rules: Rules) -> list[Problem]:
     if not isinstance(value, dict):
         message = f"This line is not a JSON object: expected an object, but got {type_name(value)} instead."
         return [Problem("invalid_json_line", message, None, number)]
-    if _is_too_deep(raw):
+    if is_too_deep(raw):
         return [_too_deep(number)]
     problems = list(_problems(value, number, rules))
     if _has_lone_surrogate(raw):
@@ -267,7 +267,7 @@ def _has_lone_surrogate(raw: bytes) -> bool:
     return _SURROGATE.search(raw) is not None and any(escape[1] for escape in _ESCAPE.finditer(raw))
 
 
-def _is_too_deep(raw: bytes) -> bool:
+def is_too_deep(raw: bytes) -> bool:
     """Tell whether a JSON text is nested more than JSON_DEPTH_MAX deep."""
     if raw.count(b"[") + raw.count(b"{") <= JSON_DEPTH_MAX:
         return False
