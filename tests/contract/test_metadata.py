@@ -158,9 +158,9 @@ async def test_an_account_is_added_once(metadata: Metadata, database: Database) 
 
 
 async def test_jobs_come_oldest_first(metadata: Metadata) -> None:
-    later, earlier = job(name="later", created_at=9), job(name="earlier", created_at=3)
-    await metadata.add_job(later)
+    earlier, later = job(name="earlier", created_at=3), job(name="later", created_at=9)
     await metadata.add_job(earlier)
+    await metadata.add_job(later)
     assert await metadata.jobs(OURS) == [job(), earlier, later]
     assert {each.account_id for each in await metadata.jobs()} == {OURS, THEIRS}
     assert await metadata.job(later.id, OURS) == later
@@ -532,3 +532,10 @@ async def test_sqlite_is_set_up_so_that_a_power_cut_loses_nothing(database: Data
     assert (reading["journal_mode"], reading["query_only"], reading["wal_autocheckpoint"]) == ("wal", 1, 0)
     with pytest.raises(sa.exc.OperationalError, match="readonly"):
         await database.read(lambda c: c.execute(tables.jobs.delete()))
+
+
+async def test_jobs_of_the_same_second_keep_their_order(metadata: Metadata) -> None:
+    names = [f"name-{number}" for number in (5, 3, 9, 1)]
+    for name in names:
+        await metadata.add_job(job(name=name, created_at=7))
+    assert [found.name for found in await metadata.jobs(OURS)] == ["default", *names]

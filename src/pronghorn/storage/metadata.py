@@ -91,15 +91,15 @@ class Metadata:
         """Return a job of this account; another account's is as good as none."""
         query = jobs.select().where(jobs.c.id == job_id, jobs.c.account_id == account_id)
         row = await self._database.read(lambda c: c.execute(query).mappings().first())
-        return Job(**row) if row else None
+        return _job(row) if row else None
 
     async def jobs(self, account_id: str | None = None) -> list[Job]:
         """Return jobs, oldest first."""
-        query = jobs.select().order_by(jobs.c.created_at, jobs.c.id)
+        query = jobs.select().order_by(jobs.c.order)
         if account_id is not None:
             query = query.where(jobs.c.account_id == account_id)
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
-        return [Job(**row) for row in rows]
+        return [_job(row) for row in rows]
 
     # Batches
 
@@ -404,6 +404,10 @@ def _tally_values(tally: Tally) -> dict[str, int]:
 def _tally(row: sa.RowMapping) -> Tally:
     usage = Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"], row["reasoning_tokens"])
     return Tally(row["completed"], row["failed"], row["unrun"], usage)
+
+
+def _job(row: sa.RowMapping) -> Job:
+    return Job(**{name: row[name] for name in Job.__struct_fields__})
 
 
 def _shard(row: sa.RowMapping) -> Shard:

@@ -73,12 +73,14 @@ accounts = Table(
 jobs = Table(
     "jobs",
     metadata,
-    Column("id", String(64), primary_key=True),
+    Column("order", Order, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
     Column("account_id", ForeignKey("accounts.id"), nullable=False, index=True),
     Column("name", Text, nullable=False),
     Column("weight", Integer, nullable=False, server_default="1"),
     Column("created_at", BigInteger, nullable=False),
     CheckConstraint("weight > 0", name="weight"),
+    sqlite_autoincrement=True,
 )
 
 files = Table(

@@ -46,6 +46,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_files_expires_at"), "files", ["expires_at"], unique=False)
     op.create_table(
         "jobs",
+        sa.Column("order", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("account_id", sa.String(length=64), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
@@ -53,7 +54,9 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.CheckConstraint("weight > 0", name=op.f("ck_jobs_weight")),
         sa.ForeignKeyConstraint(["account_id"], ["accounts.id"], name=op.f("fk_jobs_account_id")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
+        sa.PrimaryKeyConstraint("order", name=op.f("pk_jobs")),
+        sa.UniqueConstraint("id", name=op.f("uq_jobs_id")),
+        sqlite_autoincrement=True,
     )
     op.create_index(op.f("ix_jobs_account_id"), "jobs", ["account_id"], unique=False)
     op.create_table(
