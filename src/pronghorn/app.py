@@ -38,14 +38,15 @@ def create_app(system: System, settings: Settings) -> FastAPI:
     faults.install(app)
     clock, ids = system.clock, system.ids
     metadata, blobs, stored = system.metadata, system.blobs, system.files
-    app.include_router(files.routes(stored, blobs, clock, ids, batch_file_expires_s=settings.batch_file_expires_s))
+    life_s = settings.batch_file_expires_s
+    app.include_router(files.routes(stored, blobs, clock, ids, batch_file_expires_s=life_s))
     launcher = Launcher(metadata, changed=system.coordinator.wake)
     app.include_router(batches.routes(metadata, launcher, system.checker, clock, ids, default_job=settings.default_job))
     limit = settings.line_bytes_max
     app.include_router(reruns.routes(metadata, stored, blobs, launcher, clock, ids, line_bytes_max=limit))
     app.include_router(streams.routes(metadata, blobs, clock))
     app.include_router(models.routes(system.engines, clock.now()))
-    app.include_router(uploads.routes(system.uploads, system.files, system.blobs, clock, ids))
+    app.include_router(uploads.routes(system.uploads, stored, blobs, clock, ids, batch_file_expires_s=life_s))
     app.include_router(jobs.routes(system.metadata, clock, ids))
     allowed = AllowedHosts(settings.webhook_allow)
     app.include_router(webhooks.routes(system.webhooks, clock, ids, allowed=allowed, send=system.courier.send))

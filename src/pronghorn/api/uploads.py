@@ -86,14 +86,19 @@ class UploadPartObject(BaseModel):
     upload_id: str
 
 
-def routes(uploads: Uploads, files: Files, blobs: Blobs, clock: Clock, ids: Ids) -> APIRouter:
-    """Return the routes of the Uploads API."""
+def routes(
+    uploads: Uploads, files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_expires_s: int | None
+) -> APIRouter:
+    """Return the routes of the Uploads API; `batch_file_expires_s` is the life of batch inputs that name none."""
     router = APIRouter(tags=["Uploads"])
 
     @router.post("/v1/uploads")
     async def create_upload(body: CreateUpload, account_id: Annotated[str, Depends(caller)]) -> UploadObject:
         """Announce a file that will be sent in parts within an hour."""
-        upload = _new_upload(ids.new("upload_"), account_id, body, clock.now())
+        life_s = batch_file_expires_s if body.purpose == "batch" else None
+        if body.expires_after is not None:
+            life_s = body.expires_after.seconds
+        upload = _new_upload(ids.new("upload_"), account_id, body, clock.now(), life_s)
         await uploads.add(upload)
         return _upload_object(upload, None)
 
@@ -198,7 +203,7 @@ def routes(uploads: Uploads, files: Files, blobs: Blobs, clock: Clock, ids: Ids)
     return router
 
 
-def _new_upload(upload_id: str, account_id: str, body: CreateUpload, now: int) -> Upload:
+def _new_upload(upload_id: str, account_id: str, body: CreateUpload, now: int, life_s: int | None) -> Upload:
     """Return the upload that a request announces, once its file is one that can be accepted."""
     intake.check_purpose(body.purpose)
     filename = intake.plain_name(body.filename)
@@ -217,7 +222,7 @@ def _new_upload(upload_id: str, account_id: str, body: CreateUpload, now: int) -
         status=UploadStatus.PENDING,
         created_at=now,
         expires_at=now + UPLOAD_LIFETIME_S,
-        file_expires_after_s=body.expires_after.seconds if body.expires_after else None,
+        file_expires_after_s=life_s,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -373,10 +374,10 @@ class Coordinator:
             return "; ".join(reasons)
         if now - opened.pace.moved_at < STALLED_S:
             return None
-        running = sum(key.batch_id == batch.id for member in self._crew for key in member.held)
-        if not running:
-            others = {key.batch_id for member in self._crew for key, held in member.held.items() if held.route == route}
-            return f"waiting behind {len(others)} other batches on the same engine"
+        held = {key.batch_id: held.route for member in self._crew for key, held in member.held.items()}
+        if batch.id not in held:
+            ahead = Counter(self._open[other].job.id for other in held if held[other] == route and other in self._open)
+            return "waiting behind " + ", ".join(f"{count} batches of {job_id}" for job_id, count in ahead.items())
         return f"lines are with the engine ({', '.join(route)}), which has not answered one for {STALLED_S:.0f} s"
 
 

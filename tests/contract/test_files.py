@@ -1,0 +1,110 @@
+"""Files and their bytes: forgotten in one transaction, removed from storage whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from pronghorn.control.maintenance import Maintenance
+from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File, Job
+from pronghorn.storage.files import Files
+from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.uploads import Uploads
+from tests.contract.test_uploads import ACCOUNT, START, World
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    world = await asyncio.to_thread(World, tmp_path)
+    metadata = Metadata(world.database)
+    await metadata.add_account(ACCOUNT, "ours", START)
+    await metadata.add_job(Job("job-1", ACCOUNT, "default", 1, START))
+    yield world
+    await world.database.close()
+
+
+async def add(world: World, name: str, *, expires_at: int | None = None) -> File:
+    """Store a file of two blobs."""
+    refs = [BlobRef(f"parts/{name}-{part}", 3) for part in (1, 2)]
+    for ref in refs:
+        await asyncio.to_thread(world.store, ref.key, b"abc")
+    file = File(f"file-{name}", ACCOUNT, "batch", f"{name}.jsonl", 6, START, expires_at)
+    await world.files.add(file, refs)
+    return file
+
+
+async def add_batch(world: World, file: File) -> Batch:
+    return await Metadata(world.database).add_batch(
+        Batch(
+            id=f"batch_{file.id}",
+            order=0,
+            account_id=ACCOUNT,
+            job_id="job-1",
+            endpoint=Endpoint.EMBEDDINGS,
+            input_file_id=file.id,
+            completion_window="unlimited",
+            status=BatchStatus.VALIDATING,
+            stamps=BatchStamps(START),
+            expires_at=None,
+            metadata=None,
+        )
+    )
+
+
+async def test_a_file_goes_with_its_bytes_when_its_time_is_over(world: World) -> None:
+    await add(world, "due", expires_at=START + 10)
+    await add(world, "later", expires_at=START + 11)
+    await add(world, "never")
+    world.clock.time = START + 10
+    await world.maintenance.sweep()
+    assert world.stored() == {"later-1", "later-2", "never-1", "never-2"}
+    assert await world.files.find("file-due", ACCOUNT) is None
+    assert await world.files.find("file-later", ACCOUNT) is not None
+
+
+async def test_the_input_of_an_open_batch_outlives_its_time(world: World) -> None:
+    file = await add(world, "input", expires_at=START + 10)
+    batch = await add_batch(world, file)
+    world.clock.time = START + 10
+    await world.maintenance.sweep()
+    assert world.stored() == {"input-1", "input-2"}
+    assert not await world.files.delete(file.id, ACCOUNT)
+    await Metadata(world.database).advance(batch, BatchStatus.FAILED, START + 11)
+    await world.maintenance.sweep()
+    assert world.stored() == set()
+
+
+async def test_a_crash_after_forgetting_leaves_the_bytes_to_the_next_sweep(world: World) -> None:
+    file = await add(world, "gone")
+    assert await world.files.delete(file.id, ACCOUNT)
+    assert world.stored() == {"gone-1", "gone-2"}
+    await Maintenance(Files(world.database), Uploads(world.database), world.blobs, world.clock).sweep()
+    assert world.stored() == set()
+    assert await world.files.removals() == []
+
+
+async def test_a_crash_after_removing_is_no_trouble(world: World) -> None:
+    file = await add(world, "gone")
+    await world.files.delete(file.id, ACCOUNT)
+    await world.blobs.delete("parts/gone-1")
+    await world.maintenance.sweep()
+    assert world.stored() == set()
+    assert await world.files.removals() == []
+
+
+async def test_one_blob_that_cannot_be_removed_holds_up_no_other(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        await world.files.delete((await add(world, name)).id, ACCOUNT)
+    stuck = world.blobs_dir / "parts" / "a-1"
+    stuck.unlink()
+    stuck.mkdir()  # a directory cannot be removed as a file
+    (stuck / "inside").touch()
+    await world.maintenance.sweep()
+    assert await world.files.removals() == ["parts/a-1"]
+    assert "cannot be removed" in caplog.text
+    assert not (world.blobs_dir / "parts" / "b-2").exists()
