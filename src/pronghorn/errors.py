@@ -18,6 +18,7 @@ PronghornError
 │   ├── NotStored           no blob under that key
 │   ├── Damaged             stored bytes are not what was written
 │   ├── Fenced              a later epoch owns what this commit wanted to change
+│   ├── StorageFull         there is no room; it may come back
 │   └── KeyReused           an idempotency key has come with another request
 └── InvariantError          a bug of ours
 """
@@ -136,6 +137,10 @@ class Damaged(StorageError):
 
 class Fenced(StorageError):
     """A later epoch owns what this commit wanted to change."""
+
+
+class StorageFull(StorageError):
+    """There is no room to store anything; it may come back."""
 
 
 class KeyReused(StorageError):

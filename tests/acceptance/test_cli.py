@@ -163,3 +163,31 @@ def test_the_job_is_made_at_the_first_start_and_kept(tmp_path: Path, engine: Scr
         assert first.terminate() == 0
     with Server(tmp_path / "data", "--upstream", engine.base_url) as second:
         assert second.job_id == first.job_id
+
+
+def test_run_refuses_to_write_over_what_it_needs(tmp_path: Path, engine: ScriptedProcess) -> None:
+    lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_bytes(batch_input(2))
+    for targets in (("-o", lines), ("-o", out, "-e", out), ("-o", out, "-e", lines), ("-o", out, "-e", tmp_path)):
+        ran = pronghorn_command("run", "-i", lines, *targets, "--upstream", engine.base_url, home=tmp_path)
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1), ran.stderr
+    assert lines.read_bytes() == batch_input(2)
+
+
+def test_a_run_of_an_edited_input_forgets_the_old_one(tmp_path: Path) -> None:
+    lines, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines.write_bytes(batch_input(1000, "old"))
+    with ScriptedProcess(tmp_path / "engine.log", capacity="slots", slots=8, latency_ms=20) as engine:
+        command = [str(part) for part in ("run", "-i", lines, "-o", out, "--upstream", engine.base_url)]
+        variables = os.environ | {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
+        first = subprocess.Popen(COMMAND + command, stderr=subprocess.DEVNULL, env=variables)
+        while engine.ledger()["answered_ok"] < 50:
+            assert first.poll() is None
+        first.terminate()
+        first.wait(30)
+        asked = engine.ledger()["requests"]
+        lines.write_bytes(batch_input(40, "new"))
+        second = pronghorn_command(*command, home=tmp_path)
+        assert second.returncode == 0, second.stderr
+        assert engine.ledger()["requests"] == asked + 40
+    assert out.read_bytes().count(b"new number") == 40

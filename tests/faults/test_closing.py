@@ -88,3 +88,37 @@ def test_a_finished_batch_cannot_be_cancelled(server: Server) -> None:
     assert answer.status_code == 409
     assert answer.headers["x-should-retry"] == "false"
     assert answer.json()["error"]["message"] == "Cannot cancel a batch with status 'completed'."
+
+
+def test_a_cancelled_batch_does_not_wait_behind_another(server: Server) -> None:
+    long = server.create_batch(server.upload(batch_input(LINES)))["id"]
+    server.await_batch(long, some_completed)
+    short = server.create_batch(server.upload(batch_input(5, "short")))["id"]
+    server.await_batch(short, lambda batch: batch["status"] == "in_progress")
+    server.http.post(f"/v1/batches/{short}/cancel")
+    assert server.await_batch(short)["status"] == "cancelled"
+    assert server.batch(long)["status"] == "in_progress"
+
+
+def test_a_batch_is_cancelled_though_no_engine_has_its_model(tmp_path: Path, engine: ScriptedProcess) -> None:
+    config = tmp_path / "pronghorn.toml"
+    config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = 1\n')
+    with Server(tmp_path / "data", "--config", str(config)) as server:
+        older, younger = (server.create_batch(server.upload(batch_input(LINES)))["id"] for _ in range(2))
+        for batch_id in (older, younger):
+            server.await_batch(batch_id, lambda batch: batch["status"] == "in_progress")
+        server.kill()
+    config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["another"]\n')
+    with Server(tmp_path / "data", "--config", str(config)) as server:
+        server.http.post(f"/v1/batches/{younger}/cancel")
+        assert server.await_batch(younger)["status"] == "cancelled"
+        waiting = server.await_batch(older, lambda batch: bool((batch["progress"] or {}).get("reason")))
+        assert waiting["progress"]["reason"] == "no engine answers model 'scripted' at present"
+
+
+def test_an_engine_that_pauses_again_and_again_is_always_tried_again(server: Server, engine: ScriptedProcess) -> None:
+    lines = b"".join(
+        batch_input(1, f"[[scripted fault=503 times=2]] {n}").replace(b"line-0", b"%d" % n) for n in (1, 2)
+    )
+    batch = server.await_batch(server.create_batch(server.upload(one + two))["id"], timeout_s=90)
+    assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}

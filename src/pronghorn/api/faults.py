@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from pronghorn.domain.validation import type_name
-from pronghorn.errors import OutOfSpace, RequestError
+from pronghorn.errors import OutOfSpace, RequestError, StorageFull
 
 log = logging.getLogger("pronghorn.api")
 
@@ -69,6 +69,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OSError, _os_error)
+    app.add_exception_handler(StorageFull, _full)
     app.add_exception_handler(Exception, _bug)
 
 
@@ -117,8 +118,12 @@ def _methods_of(request: Request) -> list[str]:
 
 async def _os_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return envelope(OutOfSpace("The server's disk is full. Try again when there is room.", code="disk_full"))
+        return await _full(request, error)
     return await _bug(request, error)
+
+
+async def _full(_: Request, __: Exception) -> JSONResponse:
+    return envelope(OutOfSpace("The server's disk is full. Try again when there is room.", code="disk_full"))
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:

@@ -18,9 +18,13 @@ from pronghorn.domain.planning import RawLine, split_lines
 from pronghorn.domain.selection import Selection, select
 from pronghorn.errors import Conflict, InvalidRequest
 from pronghorn.ids import Ids
+from pronghorn.limits import MIB
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
+
+# A line of an error file holds an engine's whole answer, which has a bound of its own where it is received.
+RESULT_BYTES_MAX = 1024 * MIB
 
 
 def routes(
@@ -50,9 +54,12 @@ def routes(
         selection = Selection(frozenset(body.codes), frozenset(body.status_codes), body.overrides)
         file = await failed_lines(old, selection)
         path = f"/v1/batches/{batch_id}/retry"
-        launched = await launcher.launch(again(old, file, body), path, body, idempotency_key)
-        if launched.input_file_id != file.id:
-            await files.delete(file.id, account_id)  # the request has been sent before
+        launched: Batch | None = None
+        try:
+            launched = await launcher.launch(again(old, file, body), path, body, idempotency_key)
+        finally:
+            if launched is None or launched.input_file_id != file.id:
+                await files.delete(file.id, account_id)  # refused, or the request has been sent before
         return wire.batch_object(launched)
 
     async def failed_lines(old: Batch, selection: Selection) -> File:
@@ -61,7 +68,8 @@ def routes(
         errors = old.error_file_id and await files.find(old.error_file_id, old.account_id)
         if source is None or not errors:
             raise InvalidRequest("There is nothing to retry: the batch has no failed lines, or its files are gone.")
-        lines, results = await lines_of(source), await lines_of(errors)
+        lines = await lines_of(source, line_bytes_max)
+        results = await lines_of(errors, RESULT_BYTES_MAX)
         file_id = ids.new("file-")
         size = await asyncio.to_thread(store, f"files/{file_id}", lines, results, selection)
         if not size:
@@ -70,9 +78,9 @@ def routes(
         await files.add(file, [BlobRef(f"files/{file_id}", size)])
         return file
 
-    async def lines_of(file: File) -> Iterable[RawLine]:
+    async def lines_of(file: File, bytes_max: int) -> Iterable[RawLine]:
         refs = await files.blobs(file.id)
-        return split_lines(blobs.read_blocking(refs, 0, file.bytes), line_bytes_max=line_bytes_max)
+        return split_lines(blobs.read_blocking(refs, 0, file.bytes), line_bytes_max=bytes_max)
 
     def store(key: str, lines: Iterable[RawLine], results: Iterable[RawLine], selection: Selection) -> int:
         with blobs.writer(key) as writer:

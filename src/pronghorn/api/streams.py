@@ -15,7 +15,9 @@ from pronghorn.api.launch import find_batch
 from pronghorn.clock import Clock
 from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import Batch
+from pronghorn.errors import NotFound
 from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata, Result
 
 LOOK_INTERVAL_S = 0.5
@@ -29,7 +31,7 @@ _LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjs
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def routes(metadata: Metadata, blobs: Blobs, clock: Clock) -> APIRouter:
+def routes(metadata: Metadata, files: Files, blobs: Blobs, clock: Clock) -> APIRouter:
     """Return the routes that watch a batch."""
     router = APIRouter(tags=["Batch"])
 
@@ -38,14 +40,14 @@ def routes(metadata: Metadata, blobs: Blobs, clock: Clock) -> APIRouter:
         batch_id: str, account_id: Annotated[str, Depends(caller)], offset: Offset = 0, follow: Follow = False
     ) -> StreamingResponse:
         """Return the output file as far as it is known, in input order."""
-        return results(await find_batch(metadata, batch_id, account_id), Result.OUTPUT, offset, follow)
+        return await results(await find_batch(metadata, batch_id, account_id), Result.OUTPUT, offset, follow)
 
     @router.get("/v1/batches/{batch_id}/errors", response_class=StreamingResponse, responses=_LINES)
     async def stream_errors(
         batch_id: str, account_id: Annotated[str, Depends(caller)], offset: Offset = 0, follow: Follow = False
     ) -> StreamingResponse:
         """Return the error file as far as it is known, in input order."""
-        return results(await find_batch(metadata, batch_id, account_id), Result.ERRORS, offset, follow)
+        return await results(await find_batch(metadata, batch_id, account_id), Result.ERRORS, offset, follow)
 
     @router.get("/v1/batches/{batch_id}/events", response_class=StreamingResponse, responses=_EVENTS)
     async def stream_events(batch_id: str, account_id: Annotated[str, Depends(caller)]) -> StreamingResponse:
@@ -53,7 +55,10 @@ def routes(metadata: Metadata, blobs: Blobs, clock: Clock) -> APIRouter:
         events = changes(await find_batch(metadata, batch_id, account_id))
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    def results(batch: Batch, result: Result, offset: int, follow: bool) -> StreamingResponse:
+    async def results(batch: Batch, result: Result, offset: int, follow: bool) -> StreamingResponse:
+        file_id = batch.output_file_id if result is Result.OUTPUT else batch.error_file_id
+        if file_id is not None and await files.find(file_id, batch.account_id) is None:
+            raise NotFound(f"No such File object: {file_id}", param="id")
         return StreamingResponse(growing(batch, result, offset, follow), media_type="application/x-ndjson")
 
     async def growing(batch: Batch, result: Result, offset: int, follow: bool) -> AsyncIterator[bytes]:

@@ -18,11 +18,22 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pronghorn.domain.lifecycle import TERMINAL
-from pronghorn.domain.model import DEFAULT_ACCOUNT, Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File, Job
+from pronghorn.domain.lifecycle import TERMINAL, may_follow
+from pronghorn.domain.model import (
+    DEFAULT_ACCOUNT,
+    Batch,
+    BatchStamps,
+    BatchStatus,
+    BlobRef,
+    Closing,
+    Endpoint,
+    File,
+    Job,
+)
 from pronghorn.errors import UsageError, invariant
 from pronghorn.limits import FILE_CHUNK_BYTES
 from pronghorn.settings import Settings, default_data_dir
+from pronghorn.storage.blobs import sync_directory
 from pronghorn.system import System, running
 
 SUCCEEDED, STOPPED, INVALID, SOME_FAILED = 0, 1, 2, 3
@@ -60,8 +71,7 @@ def run(paths: Paths, settings: Settings) -> int:
     """Run a file's lines and return the exit status."""
     if not paths.input.is_file():
         raise UsageError(f"there is no file {paths.input}")
-    if not paths.output.parent.is_dir():
-        raise UsageError(f"there is no directory {paths.output.parent} to write {paths.output.name} to")
+    _check_targets(paths)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     status = uvloop.run(_run(paths, settings))
     if status in (SUCCEEDED, SOME_FAILED, INVALID) and Path(settings.data_dir) == state_dir(paths):
@@ -69,11 +79,25 @@ def run(paths: Paths, settings: Settings) -> int:
     return status
 
 
+def _check_targets(paths: Paths) -> None:
+    """Raise UsageError for results that could not be written, or would overwrite what is needed."""
+    errors = paths.errors or paths.errors_beside_output
+    if len({path.resolve() for path in (paths.input, paths.output, errors)}) < 3:
+        raise UsageError("input, output and errors must be three different files")
+    for target in (paths.output, errors):
+        if target.is_dir():
+            raise UsageError(f"{target} is a directory; name a file")
+        if not target.parent.is_dir():
+            raise UsageError(f"there is no directory {target.parent} to write {target.name} to")
+
+
 async def _run(paths: Paths, settings: Settings) -> int:
     stop = _stop_on_signal()
     async with running(settings) as system:
         state = Path(settings.data_dir) / "run.json"
-        batch = await _resumed(system, paths, state) or await _begin(system, paths, state)
+        batch = await _resumed(system, paths, state)
+        await _give_up_others(system, batch)
+        batch = batch or await _begin(system, paths, state)
         batch = await _watch(system, batch, stop)
         if batch.status not in TERMINAL:
             print("pronghorn: stopped; the same command goes on from here", file=sys.stderr)
@@ -112,15 +136,26 @@ def _read_state(state: Path) -> _Unfinished | None:
         return None
 
 
+async def _give_up_others(system: System, resumed: Batch | None) -> None:
+    """Cancel what a run of another input left unfinished here: nobody waits for it."""
+    for batch in await system.metadata.open_batches():
+        if (resumed is None or batch.id != resumed.id) and may_follow(batch.status, BatchStatus.CANCELLING):
+            now = system.clock.now()
+            await system.metadata.advance(batch, BatchStatus.CANCELLING, now, closing=Closing.CANCELLED)
+    system.coordinator.wake()
+
+
 async def _begin(system: System, paths: Paths, state: Path) -> Batch:
     now = system.clock.now()
     if await system.metadata.job(JOB_ID, DEFAULT_ACCOUNT) is None:
         await system.metadata.add_job(Job(JOB_ID, DEFAULT_ACCOUNT, "run", 1, now))
-    fingerprint = _fingerprint(paths.input)
+    # Noted before there is a batch: one that a crash leaves is then always found again.
+    unfinished = _Unfinished(system.ids.new("batch_"), _fingerprint(paths.input))
+    await asyncio.to_thread(_write_state, state, unfinished)
     file = await _store(system, paths.input)
     batch = await system.metadata.add_batch(
         Batch(
-            id=system.ids.new("batch_"),
+            id=unfinished.batch_id,
             order=0,
             account_id=DEFAULT_ACCOUNT,
             job_id=JOB_ID,
@@ -133,11 +168,18 @@ async def _begin(system: System, paths: Paths, state: Path) -> Batch:
             metadata=None,
         )
     )
-    scratch = state.with_suffix(".part")
-    scratch.write_bytes(msgspec.json.encode(_Unfinished(batch.id, fingerprint)))
-    scratch.replace(state)
     system.coordinator.wake()
     return batch
+
+
+def _write_state(state: Path, unfinished: _Unfinished) -> None:
+    scratch = state.with_suffix(".part")
+    with scratch.open("wb") as file:
+        file.write(msgspec.json.encode(unfinished))
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(state)
+    sync_directory(state.parent)
 
 
 async def _store(system: System, path: Path) -> File:
@@ -238,6 +280,8 @@ async def _deliver(system: System, batch: Batch, paths: Paths) -> int:
     errors = paths.errors or (paths.errors_beside_output if batch.error_file_id else None)
     if errors is not None:
         await _export(system, batch.error_file_id, errors)
+    else:
+        paths.errors_beside_output.unlink(missing_ok=True)  # an earlier run's
     tally = batch.tally
     unsuccessful = tally.failed + tally.unrun
     where = f"; the {unsuccessful} others are in {errors}" if unsuccessful else ""

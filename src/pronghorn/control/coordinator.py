@@ -20,7 +20,7 @@ from pronghorn.domain.fairness import Candidate, FairShare
 from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, Progress, Replica, ShardKey, Tally
 from pronghorn.domain.progress import Pace
 from pronghorn.engines.base import EnginePool
-from pronghorn.errors import Fenced
+from pronghorn.errors import Fenced, StorageError
 from pronghorn.executors.base import Executor
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
@@ -36,6 +36,7 @@ UNSENT_SHARDS_MAX = 2
 # How often a batch's counts are written while it runs, and after how long without one it is said to stand still.
 SHOW_INTERVAL_S = 0.5
 STALLED_S = 10.0
+NO_ENGINE: Route = ()
 # A shard that the disk refused is not handed out again at once.
 BROKEN_WAIT_S = 5.0
 
@@ -127,12 +128,13 @@ class Coordinator:
             while not crew.done():
                 await self._take_events()
                 if not self._stopping:
-                    await self._look()
+                    await self._look_again()
             await self._take_events()
             crew.result()
         finally:
             for task in self._planning.values():
                 task.cancel()
+            self.stop(0)
             await asyncio.gather(crew, *self._planning.values(), return_exceptions=True)
 
     # Events
@@ -144,9 +146,22 @@ class Coordinator:
                 event = await self._events.get()
         except TimeoutError:
             return
-        await self._handle(event)
+        await self._insist(event)
         while not self._events.empty():
-            await self._handle(self._events.get_nowait())
+            await self._insist(self._events.get_nowait())
+
+    async def _insist(self, event: Event | None) -> None:
+        """Handle an event, again and again while the database refuses: nothing that was reported is dropped."""
+        while True:
+            try:
+                await self._handle(event)
+            except StorageError as error:
+                log.error("%s; trying again in %.0f s", error, BROKEN_WAIT_S)
+                if self._stopping:
+                    return  # the next start finds the shard unfinished, and its outcomes in its segment
+                await asyncio.sleep(BROKEN_WAIT_S)
+            else:
+                return
 
     async def _handle(self, event: Event | None) -> None:
         match event:
@@ -202,6 +217,14 @@ class Coordinator:
             batch.waiting = True
 
     # Decisions
+
+    async def _look_again(self) -> None:
+        """Look at every batch; while the database refuses, wait."""
+        try:
+            await self._look()
+        except StorageError as error:
+            log.error("%s; looking again in %.0f s", error, BROKEN_WAIT_S)
+            await asyncio.sleep(BROKEN_WAIT_S)
 
     async def _look(self) -> None:
         """Bring every open batch on by whatever it is ready for."""
@@ -292,8 +315,10 @@ class Coordinator:
         waiting: dict[Route, list[_Open]] = {}
         now = self._clock.monotonic()
         for batch in self._open.values():
-            if batch.waiting and batch.held_until <= now:
-                waiting.setdefault(self._route(batch.batch), []).append(batch)
+            # Lines that are not sent any more need no engine, and wait for no batch that does.
+            route = self._route(batch.batch) if batch.batch.closing is None else NO_ENGINE
+            if batch.waiting and batch.held_until <= now and (route or batch.batch.closing is not None):
+                waiting.setdefault(route, []).append(batch)
         for route, batches in waiting.items():
             for member in self._members_with_room(route):
                 await self._supply(member, route, batches)
@@ -316,9 +341,6 @@ class Coordinator:
         share = self._shares.setdefault(route, FairShare())
         while candidate := share.pick([_candidate(batch) for batch in batches if batch.waiting]):
             batch = self._open[candidate.batch_id]
-            # A route of no replicas runs nothing, but closing lines need no engine.
-            if not route and batch.batch.closing is None:
-                return
             shard = await self._metadata.claim_shard(candidate.batch_id)
             if shard is None:
                 batch.waiting = False
@@ -377,7 +399,8 @@ class Coordinator:
         held = {key.batch_id: held.route for member in self._crew for key, held in member.held.items()}
         if batch.id not in held:
             ahead = Counter(self._open[other].job.id for other in held if held[other] == route and other in self._open)
-            return "waiting behind " + ", ".join(f"{count} batches of {job_id}" for job_id, count in ahead.items())
+            names = ", ".join(f"{count} batches of {job_id}" for job_id, count in ahead.items())
+            return f"waiting behind {names}" if names else "waiting for a worker"
         return f"lines are with the engine ({', '.join(route)}), which has not answered one for {STALLED_S:.0f} s"
 
 

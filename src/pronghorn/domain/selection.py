@@ -48,7 +48,8 @@ def select(lines: Iterable[RawLine], errors: Iterable[RawLine], selection: Selec
         if wanted is None:
             return
         if line.number == wanted:
-            yield _overridden(line.content or b"", selection.overrides) + b"\n"
+            if line.content is not None:  # one that is too long is too long again
+                yield _overridden(line.content, selection.overrides) + b"\n"
             wanted = next(numbers, None)
 
 
@@ -62,7 +63,10 @@ def _overridden(content: bytes, overrides: dict[str, Any]) -> bytes:
     """Return a line with fields of its body replaced; a null takes a field away."""
     if not overrides:
         return content
-    line = msgspec.json.decode(content, type=_Line)
+    try:
+        line = msgspec.json.decode(content, type=_Line)
+    except (ValueError, RecursionError):
+        return content  # validation says again what is wrong with it
     for name, value in overrides.items():
         if value is None:
             line.body.pop(name, None)

@@ -92,7 +92,7 @@ class UpstreamEngine:
             self._trouble = answer.detail
         elif answer.status in (401, 403):
             self._trouble = f"it refuses the key with status {answer.status}"
-        elif answer.status >= 500:
+        elif answer.status not in (200, 404, 405):
             self._trouble = f"it answers with status {answer.status}"
         else:
             self._trouble = None
@@ -120,4 +120,4 @@ def _names(answer: Answer) -> tuple[str, ...] | None:
         listing = msgspec.json.decode(answer.body, type=_Listing) if answer.status == 200 else None
     except (ValueError, RecursionError):
         return None
-    return tuple(model.id for model in listing.data) if listing else None
+    return tuple(sorted(model.id for model in listing.data)) if listing else None

@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import QueuePool, StaticPool
+
+from pronghorn.errors import StorageError, StorageFull
 
 Result = TypeVar("Result")
 
@@ -35,7 +38,10 @@ class Database:
         self._readers = ThreadPoolExecutor(READERS, "database-reader")
 
     async def write(self, transaction: Callable[[sa.Connection], Result]) -> Result:
-        """Run `transaction` and commit; when this returns, what it wrote survives a power cut."""
+        """Run `transaction` and commit; when this returns, what it wrote survives a power cut.
+
+        Raises StorageError, or StorageFull, when the database cannot be written now; nothing has changed then.
+        """
         return await self._run(self._writer, self._write_engine, transaction)
 
     async def read(self, query: Callable[[sa.Connection], Result]) -> Result:
@@ -53,8 +59,12 @@ class Database:
         self, threads: ThreadPoolExecutor, engine: sa.Engine, body: Callable[[sa.Connection], Result]
     ) -> Result:
         def transaction() -> Result:
-            with engine.begin() as connection:
-                return body(connection)
+            try:
+                with engine.begin() as connection:
+                    return body(connection)
+            except OperationalError as error:
+                kind = StorageFull if "full" in str(error.orig) else StorageError
+                raise kind(f"the database refuses: {error.orig}") from error
 
         return await asyncio.get_running_loop().run_in_executor(threads, transaction)
 

@@ -9,6 +9,7 @@ made durable together (`_commit_loop`), and a shard whose every line is recorded
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from collections import deque
@@ -206,6 +207,11 @@ def _failure(line: _Line, answer: Answer | Fault, failure: retry.Failure) -> byt
     return results.answered(*line.identity, answer)
 
 
+def _way(replica: Replica) -> tuple[str, str | None, int | None]:
+    """What a lane's connections and window hang on."""
+    return replica.base_url, replica.api_key_env, replica.window
+
+
 def _refusal(error: OSError) -> str:
     return f"the disk refuses to store outcomes: {error.strerror}"
 
@@ -246,8 +252,14 @@ class Dispatcher:
 
     def use_replicas(self, replicas: list[Replica]) -> None:
         """Send lines to these replicas from now on; lanes that stay keep their windows."""
-        kept = {lane.replica: lane for lane in self._lanes}
-        self._lanes = [kept.pop(replica) if replica in kept else self._open_lane(replica) for replica in replicas]
+        kept = {_way(lane.replica): lane for lane in self._lanes}
+        self._lanes = []
+        for replica in replicas:
+            lane = kept.pop(_way(replica), None)
+            if lane is None:
+                lane = self._open_lane(replica)
+            lane.replica = replica  # its list of models may have changed
+            self._lanes.append(lane)
         for lane in kept.values():
             self._spawn(lane.client.close())
         self.leave_room(self._live)
@@ -383,7 +395,12 @@ class Dispatcher:
         lane.pauses += 1
         lane.paused_until = now + wait_s
         lane.reason = reason
-        asyncio.get_running_loop().call_later(wait_s, self.fill)
+        asyncio.get_running_loop().call_later(wait_s, self._probe, lane)
+
+    def _probe(self, lane: _Lane) -> None:
+        """Let one line try a paused replica; timers may come a little early, so the clock is not asked."""
+        lane.paused_until = 0.0
+        self.fill()
 
     def _resume(self, lane: _Lane) -> None:
         lane.reason = None
@@ -397,7 +414,10 @@ class Dispatcher:
             self._dirty.set()
             await run.read(self._blobs, self._config.line_bytes_max)
         except (StorageError, OSError) as error:
-            self._drop(run, str(error))
+            if run.closing is not None and run.segment is not None:
+                self._give_up_unread(run)
+            else:
+                self._drop(run, str(error))
 
     def _shard_moved(self, key: ShardKey) -> None:
         """Look at a shard that has new lines, or whose batch is closing."""
@@ -411,13 +431,27 @@ class Dispatcher:
             line = run.take()
             self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, run.closing))
 
+    def _give_up_unread(self, run: _ShardRun) -> None:
+        """Record the lines of a closing shard whose input cannot be read: they are not run, and have no name."""
+        closing = run.closing or unreachable("only a closing shard is given up unread")
+        pending = len(run.ready) + len(run.in_flight) + sum(line.run is run for line in self._timers)
+        missing = run.shard.lines - len(run.places) - pending
+        known = {line.number for line in [*run.ready, *run.in_flight]}
+        numbers = (n for n in itertools.count(run.shard.first_line) if n not in run.places and n not in known)
+        for number in list(itertools.islice(numbers, missing)):
+            line = _Line(run, number, b"null", b"")
+            self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, closing))
+        run.all_read = True
+        self._shard_moved(run.key)
+
     def _note_sent(self, run: _ShardRun) -> None:
         if run.all_read and not run.ready and not run.sent:
             run.sent = True
             self._report(Sent(run.key, run.shard.epoch))
 
     def _drop(self, run: _ShardRun, reason: str) -> None:
-        self._runs.pop(run.key, None)
+        if self._runs.pop(run.key, None) is not None and run.segment is not None:
+            run.segment.close()
         self._report(Broken(run.key, run.shard.epoch, reason))
 
     async def _finish(self, run: _ShardRun, segment: SegmentWriter) -> None:
@@ -456,7 +490,12 @@ class Dispatcher:
             self._undurable_bytes = 0
             groups = [(run, run.segment, run.counter.tally(), run.complete) for run in self._runs.values()]
             for run, segment, tally, complete in groups:
-                if segment is None or run.finished or (tally == run.durable and not complete):
+                if (
+                    self._runs.get(run.key) is not run
+                    or segment is None
+                    or run.finished
+                    or (tally == run.durable and not complete)
+                ):
                     continue
                 try:
                     await asyncio.to_thread(segment.sync)
