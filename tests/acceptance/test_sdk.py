@@ -293,10 +293,10 @@ async def test_a_batch_that_is_cancelled(site: Site) -> None:
 
 
 async def test_a_batch_that_expires(site: Site) -> None:
-    created = await started(site, batch_input(4000, "[[scripted delay_ms=500]]"), completion_window="1s")
+    created = await started(site, batch_input(4000, "[[scripted delay_ms=1000]]"), completion_window="4s")
     batch = await ended(site, created)
     assert batch.status == "expired"
-    assert batch.expired_at >= batch.expires_at == batch.created_at + 1
+    assert batch.expired_at >= batch.expires_at == batch.created_at + 4
     answers = await results(site, batch.output_file_id) if batch.output_file_id else []
     unsent = await results(site, batch.error_file_id)
     assert {line["error"]["code"] for line in unsent} == {"batch_expired"}

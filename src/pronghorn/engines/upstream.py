@@ -120,4 +120,4 @@ def _names(answer: Answer) -> tuple[str, ...] | None:
         listing = msgspec.json.decode(answer.body, type=_Listing) if answer.status == 200 else None
     except (ValueError, RecursionError):
         return None
-    return tuple(sorted(model.id for model in listing.data)) if listing else None
+    return tuple(model.id for model in listing.data) if listing else None
