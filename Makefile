@@ -37,6 +37,17 @@ test: install ## Run the tests
 test-compat: install ## Run the tests of the official OpenAI client with the one of a year ago
 	tests/compat/run
 
+.PHONY: faults-tools
+faults-tools: ## Install the Debian packages that the test beds of tests/faults need (root)
+	@for tool in strace faketime mkfs.ext4; do command -v $$tool >/dev/null || missing=$$tool; done; \
+	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q strace faketime e2fsprogs; }
+
+# make faults SCALE=ci takes a quarter of it; SEED=N repeats a run that printed N.
+SCALE ?= long
+.PHONY: faults
+faults: install faults-tools ## Run the test beds of tests/faults at length, about an hour (root)
+	CI=true $(BIN)/python -m pytest -s tests/faults --timeout 7200 --scale $(SCALE) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lint
 lint: install ## Check style, types and layering
 	$(BIN)/ruff check .
