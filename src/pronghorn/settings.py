@@ -62,6 +62,13 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     workers: Annotated[int, Meta(ge=1, le=64, description="worker processes that send lines")] = 1
     line_bytes_max: Annotated[int, Meta(ge=1024, description="longest input line, in bytes")] = LINE_BYTES_MAX
     line_timeout_s: Annotated[float, Meta(gt=0, description="longest time an engine may take for one line")] = 3600.0
+    refused_pause_s: Annotated[
+        float,
+        Meta(gt=0, description="how long an engine that refuses the key, or whose quota is used up, is left alone"),
+    ] = 300.0
+    model_grace_s: Annotated[
+        float, Meta(ge=0, description="how long an engine that does not know a model is waited for before lines fail")
+    ] = 600.0
     answer_bytes_max: Annotated[int, Meta(ge=1024, description="largest answer of an engine, in bytes")] = 64 * MIB
     webhook_allow: Annotated[
         tuple[Annotated[str, Meta(pattern=ALLOWED_PATTERN)], ...],

@@ -105,6 +105,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 line_bytes_max=settings.line_bytes_max,
                 answer_bytes_max=settings.answer_bytes_max,
                 line_timeout_s=settings.line_timeout_s,
+                refused_pause_s=settings.refused_pause_s,
+                model_grace_s=settings.model_grace_s,
             ),
             workers=settings.workers,
             batch_ended=courier.wake,

@@ -6,7 +6,7 @@ import pytest
 
 from pronghorn.domain.model import Replica
 from pronghorn.engines.client import EngineClient
-from pronghorn.worker.dispatch import _Lane
+from pronghorn.worker.lane import Lane
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ from pronghorn.worker.dispatch import _Lane
     ids=lambda value: str(value),
 )
 async def test_lines_leave_room_and_do_not_queue(window: int | None, slots: int | None, live: int, room: int) -> None:
-    lane = _Lane(Replica("http://engine/v1", window=window, slots=slots), EngineClient("http://engine/v1"))
+    lane = Lane(Replica("http://engine/v1", window=window, slots=slots), EngineClient("http://engine/v1"))
     lane.live = live
-    assert lane.room(0.0) == room
+    assert lane.room(0.0, "a-model") == room
     lane.in_flight = room
-    assert lane.room(0.0) == 0
+    assert lane.room(0.0, "a-model") == 0

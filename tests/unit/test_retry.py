@@ -18,13 +18,17 @@ from pronghorn.domain.retry import (
     Again,
     Effort,
     Failure,
+    Lost,
+    Patience,
     Pause,
     Success,
     Verdict,
     backoff,
+    charge,
     judge,
-    retry_after,
+    shows_overload,
 )
+from pronghorn.domain.retry_after import retry_after
 
 NOW = 1_000_000_000.0  # Sun, 09 Sep 2001 01:46:40 GMT
 CHAT = Endpoint.CHAT_COMPLETIONS
@@ -48,7 +52,19 @@ def verdict(of: Answer | Fault, effort: Effort = Effort(), endpoint: Endpoint = 
     return judge(of, endpoint, effort, NOW)
 
 
-FIRST = Again(0.0, 1.0, costs_attempt=True)
+DISCONNECTED = Failure("upstream_disconnected", "The engine closed the connection before it had answered.")
+NOT_JSON = Failure("upstream_disconnected", "The engine's answer was not valid JSON.")
+EMPTY = Failure("upstream_empty", "The engine's answer held no choices.")
+ABORTED = Failure("upstream_aborted", "The engine broke off its answer.")
+TIMEOUT = Failure("request_timeout", "The engine did not answer in time.")
+UNKNOWN_MODEL = "the engine does not know the model (404)"
+
+
+def once_more(or_else: Failure) -> Again:
+    """Return the verdict on a line that has failed for the first time, by its own doing."""
+    return Again(0.0, 1.0, costs_attempt=True, or_else=or_else)
+
+
 FREE = Again(0.0, 1.0, costs_attempt=False)
 LOADING = "the engine answers 503 (loading or overloaded)"
 QUOTA = Pause(300, 300, "the engine says the quota is used up")
@@ -74,30 +90,64 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
         pytest.param(fault(FaultKind.DNS), Pause(1.0, 1.0, "what happened"), id="DNS"),
         pytest.param(fault(FaultKind.CONNECT_TIMEOUT), Pause(1.0, 1.0, "what happened"), id="connect timeout"),
         pytest.param(fault(FaultKind.TLS), Pause(1.0, 1.0, "what happened"), id="TLS"),
-        *(pytest.param(answer(status), FIRST, id=str(status)) for status in (408, 409, 425, 500, 502, 504, 529)),
-        pytest.param(fault(FaultKind.ABORTED), Again(0.0, 0.0, costs_attempt=False), id="given up by us"),
-        pytest.param(fault(FaultKind.DISCONNECTED), FIRST, id="disconnect"),
-        pytest.param(fault(FaultKind.PROTOCOL), FIRST, id="no HTTP"),
-        pytest.param(answer(200, b'{"choices": [{"mess'), FIRST, id="truncated JSON"),
-        pytest.param(answer(200, b""), FIRST, id="200 with nothing"),
         *(
-            pytest.param(fault(kind), FIRST, id=kind.value)
+            pytest.param(answer(status), once_more(Failure()), id=str(status))
+            for status in (408, 409, 425, 500, 502, 504, 529)
+        ),
+        pytest.param(fault(FaultKind.ABORTED), Again(0.0, 0.0, costs_attempt=False), id="given up by us"),
+        pytest.param(fault(FaultKind.DISCONNECTED), Lost(DISCONNECTED, hung=False), id="disconnect"),
+        pytest.param(fault(FaultKind.PROTOCOL), once_more(DISCONNECTED), id="no HTTP"),
+        pytest.param(answer(200, b'{"choices": [{"mess'), once_more(NOT_JSON), id="truncated JSON"),
+        pytest.param(answer(200, b""), once_more(NOT_JSON), id="200 with nothing"),
+        *(
+            pytest.param(fault(kind), Lost(TIMEOUT, hung=True), id=kind.value)
             for kind in (FaultKind.FIRST_BYTE_TIMEOUT, FaultKind.IDLE_TIMEOUT, FaultKind.TOTAL_TIMEOUT)
         ),
         pytest.param(answer(200, error(429)), FREE, id="200 with error 429 in the body"),
         pytest.param(answer(200, error(400)), Failure(status=400), id="200 with error 400 in the body"),
         pytest.param(answer(200, error(503)), Pause(1.0, 1.0, LOADING), id="200 with error 503 in the body"),
-        pytest.param(answer(200, error("server_error")), FIRST, id="200 with a named error in the body"),
-        pytest.param(answer(200, error(0)), FIRST, id="200 with an error code that is no status"),
-        pytest.param(answer(200, {"error": "no"}), FIRST, id="200 with an error that is a text"),
-        pytest.param(answer(200, {"choices": None}), FIRST, id="200 with null choices"),
-        pytest.param(answer(200, {"choices": []}), FIRST, id="200 with no choices"),
-        pytest.param(answer(200, []), FIRST, id="200 with an array"),
-        pytest.param(answer(200, {"choices": [{"finish_reason": "abort"}]}), FIRST, id="finish_reason abort"),
-        pytest.param(answer(200, {"choices": [{"finish_reason": "error"}]}), FIRST, id="finish_reason error"),
+        pytest.param(
+            answer(200, error("server_error")), once_more(Failure(status=500)), id="200 with a named error in the body"
+        ),
+        pytest.param(answer(200, error(0)), once_more(Failure(status=500)), id="200 with a code that is no status"),
+        pytest.param(answer(200, error(502)), once_more(Failure(status=502)), id="200 with error 502 in the body"),
+        pytest.param(
+            answer(200, error(401)),
+            Pause(300, 300, "the engine refuses access with status 401", Failure(status=401)),
+            id="200 with error 401 in the body",
+        ),
+        pytest.param(
+            answer(200, {"error": "no"}), once_more(Failure(status=500)), id="200 with an error that is a text"
+        ),
+        pytest.param(answer(200, {"choices": None}), once_more(EMPTY), id="200 with null choices"),
+        pytest.param(answer(200, {"choices": []}), once_more(EMPTY), id="200 with no choices"),
+        pytest.param(answer(200, []), once_more(EMPTY), id="200 with an array"),
+        pytest.param(
+            answer(200, {"choices": [{"finish_reason": "abort"}]}), once_more(ABORTED), id="finish_reason abort"
+        ),
+        pytest.param(
+            answer(200, {"choices": [{"finish_reason": "error"}]}), once_more(ABORTED), id="finish_reason error"
+        ),
         *(pytest.param(answer(status, error()), Failure(), id=str(status)) for status in (400, 404, 413, 422, 302)),
-        pytest.param(answer(401), Pause(300, 300, "the engine refuses access with status 401"), id="401"),
-        pytest.param(answer(403), Pause(300, 300, "the engine refuses access with status 403"), id="403"),
+        *(
+            pytest.param(
+                answer(status),
+                Pause(300, 300, f"the engine refuses access with status {status}", Failure()),
+                id=str(status),
+            )
+            for status in (401, 403)
+        ),
+        *(
+            pytest.param(
+                answer(404, body), Pause(30, 30, UNKNOWN_MODEL, Failure(), model_only=True), id=f"404 model, {source}"
+            )
+            for source, body in {
+                "OpenAI": error("model_not_found"),
+                "vLLM": {"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "code": 404}},
+            }.items()
+        ),
+        pytest.param(answer(404, {"detail": "Not Found"}), Failure(), id="404 of a path"),
+        pytest.param(answer(404, b"<html>"), Failure(), id="404 of a gateway"),
         pytest.param(answer(200, OK), Success(Usage()), id="200"),
         pytest.param(answer(201, OK), Success(Usage()), id="201"),
         pytest.param(answer(200, OK | {"error": None}), Success(Usage()), id="200 with a null error"),
@@ -114,32 +164,16 @@ def test_a_symptom_has_one_meaning(symptom: Answer | Fault, meaning: Verdict) ->
     assert verdict(symptom) == meaning
 
 
-DISCONNECTED = "The engine closed the connection before it had answered."
-
-
 @pytest.mark.parametrize(
     ("symptom", "attempts", "end"),
     [
         (answer(500), SERVER_ERROR_ATTEMPTS_MAX, Failure()),
         (answer(502), ATTEMPTS_MAX, Failure()),
         (answer(200, error("x")), SERVER_ERROR_ATTEMPTS_MAX, Failure(status=500)),
-        (fault(FaultKind.DISCONNECTED), ATTEMPTS_MAX, Failure("upstream_disconnected", DISCONNECTED)),
-        (
-            fault(FaultKind.TOTAL_TIMEOUT),
-            ATTEMPTS_MAX,
-            Failure("request_timeout", "The engine did not answer in time."),
-        ),
-        (
-            answer(200, b"{"),
-            ATTEMPTS_MAX,
-            Failure("upstream_disconnected", "The engine's answer was not valid JSON."),
-        ),
-        (answer(200, {}), ATTEMPTS_MAX, Failure("upstream_empty", "The engine's answer held no choices.")),
-        (
-            answer(200, {"choices": [{"finish_reason": "abort"}]}),
-            ATTEMPTS_MAX,
-            Failure("upstream_aborted", "The engine broke off its answer."),
-        ),
+        (fault(FaultKind.PROTOCOL), ATTEMPTS_MAX, DISCONNECTED),
+        (answer(200, b"{"), ATTEMPTS_MAX, NOT_JSON),
+        (answer(200, {}), ATTEMPTS_MAX, EMPTY),
+        (answer(200, {"choices": [{"finish_reason": "abort"}]}), ATTEMPTS_MAX, ABORTED),
     ],
 )
 def test_a_line_s_own_failures_use_up_its_attempts(symptom: Answer | Fault, attempts: int, end: Failure) -> None:
@@ -147,7 +181,36 @@ def test_a_line_s_own_failures_use_up_its_attempts(symptom: Answer | Fault, atte
         again = verdict(symptom, Effort(tries=9, charged=charged))
         assert isinstance(again, Again)
         assert again.costs_attempt
+        assert again.or_else == end
     assert verdict(symptom, Effort(tries=9, charged=attempts)) == end
+
+
+@pytest.mark.parametrize("end", [DISCONNECTED, TIMEOUT])
+def test_a_line_that_a_living_engine_lost_is_charged(end: Failure) -> None:
+    lost = Lost(end, hung=end is TIMEOUT)
+    assert charge(lost, Effort(charged=1)) == once_more(end)
+    assert charge(lost, Effort(charged=4)) == Again(0.0, 8.0, costs_attempt=True, or_else=end)
+    assert charge(lost, Effort(charged=ATTEMPTS_MAX)) == end
+
+
+def test_an_unknown_model_is_waited_for_and_then_given_up() -> None:
+    unknown, patience = answer(404, error("model_not_found")), Patience(model_grace_s=600)
+    assert isinstance(judge(unknown, CHAT, Effort(absent_s=599), NOW, patience), Pause)
+    assert judge(unknown, CHAT, Effort(absent_s=600), NOW, patience) == Failure()
+    assert judge(unknown, CHAT, Effort(), NOW, Patience(model_grace_s=0)) == Failure()
+
+
+@pytest.mark.parametrize(
+    "symptom",
+    [*(answer(status) for status in (429, 503, 504, 529)), fault(FaultKind.IDLE_TIMEOUT)],
+)
+def test_some_symptoms_show_overload(symptom: Answer | Fault) -> None:
+    assert shows_overload(symptom)
+
+
+@pytest.mark.parametrize("symptom", [*(answer(status) for status in (200, 400, 500, 502)), fault(FaultKind.REFUSED)])
+def test_others_do_not(symptom: Answer | Fault) -> None:
+    assert not shows_overload(symptom)
 
 
 @pytest.mark.parametrize("symptom", [answer(429), answer(503), answer(401), fault(FaultKind.REFUSED)])
@@ -161,7 +224,7 @@ def test_waits_double_up_to_their_bound_however_long_it_goes_on() -> None:
     loading = [verdict(answer(503), Effort(pauses=pauses)) for pauses in (0, 1, 4, 5, 5000)]
     assert [pause[:2] for pause in loading] == [(1, 1), (1, 2), (1, 16), (1, 30), (1, 30)]
     assert verdict(answer(429), Effort(tries=5000)) == Again(0.0, 60.0, costs_attempt=False)
-    assert verdict(fault(FaultKind.DISCONNECTED), Effort(charged=4)) == Again(0.0, 8.0, costs_attempt=True)
+    assert verdict(answer(502), Effort(charged=4)) == Again(0.0, 8.0, costs_attempt=True, or_else=Failure())
 
 
 # How long to wait
@@ -186,6 +249,22 @@ def test_waits_double_up_to_their_bound_however_long_it_goes_on() -> None:
 )
 def test_an_engine_says_in_many_ways_how_long_to_wait(header: str, value: str, seconds: float) -> None:
     assert retry_after({header.encode(): value.encode()}, NOW) == pytest.approx(seconds)
+
+
+def test_a_date_is_read_against_the_clock_that_wrote_it() -> None:
+    headers = {b"retry-after": b"Sun, 09 Sep 2001 01:47:40 GMT", b"date": b"Sun, 09 Sep 2001 01:47:10 GMT"}
+    assert retry_after(headers, NOW - 86_400) == 30.0
+
+
+def test_only_a_limit_that_is_used_up_holds_up() -> None:
+    headers = {
+        b"x-ratelimit-remaining-requests": b"12",
+        b"x-ratelimit-reset-requests": b"9s",
+        b"x-ratelimit-remaining-tokens": b"0",
+        b"x-ratelimit-reset-tokens": b"2s",
+    }
+    assert retry_after(headers, NOW) == 2.0
+    assert retry_after(headers | {b"x-ratelimit-remaining-requests": b"0"}, NOW) == 9.0
 
 
 def test_the_most_exact_header_counts() -> None:
@@ -293,16 +372,17 @@ def test_an_answer_with_odd_choices_stands(choices: object) -> None:
 
 
 def test_one_odd_part_does_not_hide_what_another_says() -> None:
-    assert verdict(answer(200, {"usage": 5, "choices": [{"finish_reason": 3}, {"finish_reason": "abort"}]})) == FIRST
-    assert verdict(answer(200, {"usage": 5, "choices": []})) == FIRST
+    broken_off = {"usage": 5, "choices": [{"finish_reason": 3}, {"finish_reason": "abort"}]}
+    assert verdict(answer(200, broken_off)) == once_more(ABORTED)
+    assert verdict(answer(200, {"usage": 5, "choices": []})) == once_more(EMPTY)
     assert verdict(answer(200, {"usage": 5, **error(400)})) == Failure(status=400)
-    assert verdict(answer(200, b'{"usage": 5, "choices": [{}], "text": "cut o')) == FIRST
+    assert verdict(answer(200, b'{"usage": 5, "choices": [{}], "text": "cut o')) == once_more(NOT_JSON)
     assert verdict(answer(429, error("insufficient_quota", type=5))) == QUOTA
 
 
 @pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"[" * 100_000, b'{"a":' * 100_000, b'"\x00"', b"01"])
 def test_what_is_no_json_was_cut_off(text: bytes) -> None:
-    assert verdict(answer(200, b'{"choices": [{}], "x": ' + text + b"}")) == FIRST
+    assert verdict(answer(200, b'{"choices": [{}], "x": ' + text + b"}")) == once_more(NOT_JSON)
 
 
 nested = st.recursive(

@@ -25,7 +25,7 @@ from pronghorn.executors.base import Executor
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
-from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Moved, Ready, Report, Sent
+from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Moved, Paused, Ready, Report, Sent
 
 log = logging.getLogger("pronghorn.coordinator")
 
@@ -96,7 +96,7 @@ class Coordinator:
         self._open: dict[str, _Open] = {}
         self._planning: dict[str, asyncio.Task[None]] = {}
         self._planning_held_until = 0.0
-        self._paused: dict[CrewMember, dict[str, str]] = {}
+        self._paused: dict[CrewMember, list[Paused]] = {}
         self._shares: dict[Route, FairShare] = {}
         self._stopping = False
 
@@ -390,10 +390,10 @@ class Coordinator:
         batch, route = opened.batch, self._route(opened.batch)
         if not route:
             return f"no engine answers model '{batch.model}' at present"
-        paused = {url: reason for reasons in self._paused.values() for url, reason in reasons.items()}
-        reasons = [paused[url] for url in route if url in paused]
-        if len(reasons) == len(route):
-            return "; ".join(reasons)
+        paused = [pause for pauses in self._paused.values() for pause in pauses]
+        reasons = {pause.base_url: pause.reason for pause in paused if pause.model in (None, batch.model)}
+        if all(url in reasons for url in route):
+            return "; ".join(dict.fromkeys(reasons[url] for url in route))
         if now - opened.pace.moved_at < STALLED_S:
             return None
         held = {key.batch_id: held.route for member in self._crew for key, held in member.held.items()}

@@ -6,13 +6,13 @@ range (full jitter), so that lines that failed together do not come back togethe
 
 from __future__ import annotations
 
-import email.utils
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
 from pronghorn.domain.answers import Answer, Fault, FaultKind
 from pronghorn.domain.model import Endpoint, Usage
+from pronghorn.domain.retry_after import retry_after
 
 # Tries that a line's own failures may use up. Three for 500, which is seldom cured by waiting; more for gateways.
 ATTEMPTS_MAX = 5
@@ -21,7 +21,8 @@ SERVER_ERROR_ATTEMPTS_MAX = 3
 RETRY_AFTER_LINE_S_MAX = 300.0
 BACKOFF_S_MAX = 60.0
 LOADING_BACKOFF_S_MAX = 30.0
-REFUSED_ACCESS_PAUSE_S = 300.0
+# A model that an engine does not know is asked for again this often while it may still be loading.
+ABSENT_MODEL_PAUSE_S = 30.0
 # A line's record keeps each of its token counts in 32 bits.
 TOKENS_MAX = (1 << 32) - 1
 
@@ -44,32 +45,60 @@ class Failure(NamedTuple):
 
 
 class Again(NamedTuple):
-    """Try the line again after a wait between the two bounds."""
+    """Try the line again after a wait between the two bounds; `or_else` is its outcome if time runs out before."""
 
     wait_s_min: float
     wait_s_max: float
     costs_attempt: bool
+    or_else: Failure | None = None
 
 
 class Pause(NamedTuple):
-    """Nothing is wrong with the line: leave the engine alone for a while, then probe it with one line."""
+    """Nothing is wrong with the line: leave the engine alone for a while, then probe it with one line.
+
+    With `model_only` the engine goes on with other models. `or_else` is the line's outcome if time runs out before.
+    """
 
     wait_s_min: float
     wait_s_max: float
     reason: str
+    or_else: Failure | None = None
+    model_only: bool = False
 
 
-Verdict = Success | Failure | Again | Pause
+class Lost(NamedTuple):
+    """No answer came, and whether line or engine is at fault shows only when the engine is asked something else.
+
+    `failure` is the line's outcome once its attempts are used up; `hung` tells silence from a lost connection.
+    """
+
+    failure: Failure
+    hung: bool
+
+
+Verdict = Success | Failure | Again | Pause | Lost
 
 
 class Effort(NamedTuple):
     """What a line has had: `tries` counts all, this one included; `charged` those that use up its attempts;
-    `pauses` how often in a row the engine has been paused."""
+    `pauses` how often in a row the engine has been paused; `absent_s` for how long it has not known the model."""
 
     tries: int = 1
     charged: int = 1
     pauses: int = 0
+    absent_s: float = 0.0
 
+
+class Patience(NamedTuple):
+    """How long an engine is waited for, in seconds: one that refuses access or is out of quota is left alone for
+    `refused_pause_s` at a time; one that does not know a model may take `model_grace_s` to learn it."""
+
+    refused_pause_s: float = 300.0
+    model_grace_s: float = 600.0
+
+
+_PATIENCE = Patience()
+_DISCONNECTED = Failure("upstream_disconnected", "The engine closed the connection before it had answered.")
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 _Kind = TypeVar("_Kind")
@@ -114,6 +143,7 @@ class _Body(msgspec.Struct):
 class _Error(NamedTuple):
     code: object = None
     type: object = None
+    message: object = None
 
 
 class _Envelope(msgspec.Struct):
@@ -124,13 +154,27 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
-def judge(answer: Answer | Fault, endpoint: Endpoint, effort: Effort, now: float) -> Verdict:
+def judge(
+    answer: Answer | Fault, endpoint: Endpoint, effort: Effort, now: float, patience: Patience = _PATIENCE
+) -> Verdict:
     """Decide what becomes of a line; `now` is Unix seconds, for Retry-After dates."""
     if isinstance(answer, Fault):
         return _judge_fault(answer, effort)
     if 200 <= answer.status < 300:
-        return _judge_success(answer, endpoint, effort, now)
-    return _judge_refusal(answer.status, _error_of(answer.body), answer.headers, effort, now)
+        return _judge_success(answer, endpoint, effort, now, patience)
+    return _judge_refusal(answer.status, _error_of(answer.body), answer.headers, effort, now, patience)
+
+
+def charge(lost: Lost, effort: Effort) -> Failure | Again:
+    """Decide what becomes of a line that a living engine has lost."""
+    return _retry_or(lost.failure, effort, wait_s_max=LOADING_BACKOFF_S_MAX)
+
+
+def shows_overload(answer: Answer | Fault) -> bool:
+    """Tell whether an engine shows by this that it has more than it can take."""
+    if isinstance(answer, Fault):
+        return answer.kind in (FaultKind.FIRST_BYTE_TIMEOUT, FaultKind.IDLE_TIMEOUT, FaultKind.TOTAL_TIMEOUT)
+    return answer.status in (429, 503, 504, 529)
 
 
 def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, float]:
@@ -138,34 +182,37 @@ def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, flo
     return 0.0, min(wait_s_max, _doubled(attempt - 1))
 
 
+def engine_wait(pauses: int) -> tuple[float, float]:
+    """Return the range of waits before an engine that has been paused so often in a row is probed."""
+    return 1.0, min(LOADING_BACKOFF_S_MAX, _doubled(pauses))
+
+
 def _judge_fault(fault: Fault, effort: Effort) -> Verdict:
     match fault.kind:
         case FaultKind.REFUSED | FaultKind.DNS | FaultKind.CONNECT_TIMEOUT | FaultKind.TLS:
-            return Pause(*_engine_wait(effort.pauses), fault.detail)
+            return Pause(*engine_wait(effort.pauses), fault.detail)
         case FaultKind.ABORTED:
             return Again(0.0, 0.0, costs_attempt=False)
         case FaultKind.FIRST_BYTE_TIMEOUT | FaultKind.IDLE_TIMEOUT | FaultKind.TOTAL_TIMEOUT:
-            code, message = "request_timeout", "The engine did not answer in time."
+            return Lost(Failure("request_timeout", "The engine did not answer in time."), hung=True)
         case FaultKind.TOO_LARGE:
             return Failure("upstream_answer_too_large", "The engine's answer was larger than the limit.")
-        case FaultKind.DISCONNECTED | FaultKind.PROTOCOL:
-            code, message = (
-                "upstream_disconnected",
-                "The engine closed the connection before it had answered.",
-            )
-    return _retry_or(Failure(code, message), effort, wait_s_max=LOADING_BACKOFF_S_MAX)
+        case FaultKind.DISCONNECTED:
+            return Lost(_DISCONNECTED, hung=False)
+        case FaultKind.PROTOCOL:
+            return _retry_or(_DISCONNECTED, effort, wait_s_max=LOADING_BACKOFF_S_MAX)
 
 
-def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: float) -> Verdict:
+def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: float, patience: Patience) -> Verdict:
     try:
         body = _read(answer.body)
     except (ValueError, RecursionError):
-        return _retry_or(Failure("upstream_disconnected", "The engine's answer was not valid JSON."), effort)
+        failure = Failure("upstream_disconnected", "The engine's answer was not valid JSON.")
+        return _retry_or(failure, effort, wait_s_max=LOADING_BACKOFF_S_MAX)
     if body.error is not None:
         error = _as_error(body.error)
         status = error.code if isinstance(error.code, int) and 400 <= error.code < 600 else 500
-        verdict = _judge_refusal(status, error, answer.headers, effort, now)
-        return verdict._replace(status=status) if isinstance(verdict, Failure) else verdict
+        return _with_status(_judge_refusal(status, error, answer.headers, effort, now, patience), status)
     if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
         if not body.choices:
             return _retry_or(Failure("upstream_empty", "The engine's answer held no choices."), effort)
@@ -175,53 +222,63 @@ def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: floa
     return Success(body.usage.usage() if body.usage else Usage())
 
 
-def _judge_refusal(status: int, error: _Error, headers: dict[bytes, bytes], effort: Effort, now: float) -> Verdict:
+def _with_status(verdict: Verdict, status: int) -> Verdict:
+    """Return a verdict on an error in a 2xx answer: whatever outcome it has in store carries the error's status."""
+    match verdict:
+        case Failure():
+            return verdict._replace(status=status)
+        case Again(or_else=Failure() as failure) | Pause(or_else=Failure() as failure):
+            return verdict._replace(or_else=failure._replace(status=status))
+        case _:
+            return verdict
+
+
+def _judge_refusal(
+    status: int, error: _Error, headers: dict[bytes, bytes], effort: Effort, now: float, patience: Patience
+) -> Verdict:
     match status:
         case 429:
-            return _judge_rate_limit(error, headers, effort, now)
+            return _judge_rate_limit(error, headers, effort, now, patience)
         case 401 | 403:
             reason = f"the engine refuses access with status {status}"
-            return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, reason)
+            return Pause(patience.refused_pause_s, patience.refused_pause_s, reason, or_else=Failure())
+        case 404 if effort.absent_s < patience.model_grace_s and _names_no_model(error):
+            reason = "the engine does not know the model (404)"
+            wait_s = min(ABSENT_MODEL_PAUSE_S, patience.model_grace_s)
+            return Pause(wait_s, wait_s, reason, or_else=Failure(), model_only=True)
         case 503:
             wait = retry_after(headers, now)
             wait = None if wait is None else min(max(wait, 1.0), RETRY_AFTER_LINE_S_MAX)
-            bounds = (wait, wait) if wait is not None else _engine_wait(effort.pauses)
+            bounds = (wait, wait) if wait is not None else engine_wait(effort.pauses)
             return Pause(*bounds, "the engine answers 503 (loading or overloaded)")
         case 408 | 409 | 425 | 502 | 504 | 529:
             return _retry_or(Failure(), effort)
         case _ if status >= 500:
-            return _retry_or(Failure(), effort, attempts_max=SERVER_ERROR_ATTEMPTS_MAX)
+            return _retry_or(
+                Failure(), effort, attempts_max=SERVER_ERROR_ATTEMPTS_MAX, wait_s_max=LOADING_BACKOFF_S_MAX
+            )
         case _:
             return Failure()
 
 
-def _judge_rate_limit(error: _Error, headers: dict[bytes, bytes], effort: Effort, now: float) -> Verdict:
+def _judge_rate_limit(
+    error: _Error, headers: dict[bytes, bytes], effort: Effort, now: float, patience: Patience
+) -> Verdict:
     wait = retry_after(headers, now)
+    pause_s = patience.refused_pause_s
     if error.code == "insufficient_quota" or error.type == "insufficient_quota":
-        return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, "the engine says the quota is used up")
+        return Pause(pause_s, pause_s, "the engine says the quota is used up")
     if wait is None:
         return Again(*backoff(effort.tries), costs_attempt=False)
     if wait > RETRY_AFTER_LINE_S_MAX:
-        reason = f"the engine asks to be left alone for {wait:g} s (429)"
-        return Pause(REFUSED_ACCESS_PAUSE_S, REFUSED_ACCESS_PAUSE_S, reason)
+        return Pause(pause_s, pause_s, f"the engine asks to be left alone for {wait:g} s (429)")
     return Again(wait, wait + max(1.0, wait / 10), costs_attempt=False)
 
 
-def retry_after(headers: dict[bytes, bytes], now: float) -> float | None:
-    """Return the seconds that an answer asks to wait, whichever of the usual headers says so."""
-    if (millis := _number(headers.get(b"retry-after-ms"))) is not None:
-        return millis / 1000
-    if (value := headers.get(b"retry-after")) is not None:
-        seconds = _number(value)
-        return seconds if seconds is not None else _seconds_until(value, now)
-    for name in (b"x-ratelimit-reset-requests", b"x-ratelimit-reset-tokens"):
-        if (reset := headers.get(name)) is not None and (wait := _duration(reset)) is not None:
-            return wait
-    return None
-
-
-def _engine_wait(pauses: int) -> tuple[float, float]:
-    return 1.0, min(LOADING_BACKOFF_S_MAX, _doubled(pauses))
+def _names_no_model(error: _Error) -> bool:
+    """Tell whether a 404 is about the model; of a wrong path vLLM says `Not Found` and others send a page."""
+    about_model = isinstance(error.message, str) and "model" in error.message.lower()
+    return error.code == "model_not_found" or about_model
 
 
 def _doubled(times: int) -> float:
@@ -231,10 +288,10 @@ def _doubled(times: int) -> float:
 
 def _retry_or(
     failure: Failure, effort: Effort, *, attempts_max: int = ATTEMPTS_MAX, wait_s_max: float = BACKOFF_S_MAX
-) -> Verdict:
+) -> Failure | Again:
     if effort.charged >= attempts_max:
         return failure
-    return Again(*backoff(effort.charged, wait_s_max), costs_attempt=True)
+    return Again(*backoff(effort.charged, wait_s_max), costs_attempt=True, or_else=failure)
 
 
 def _read(body: bytes) -> _Body:
@@ -271,35 +328,6 @@ def _error_of(body: bytes) -> _Error:
 
 
 def _as_error(error: object) -> _Error:
-    return _Error(error.get("code"), error.get("type")) if isinstance(error, dict) else _Error()
-
-
-def _number(value: bytes | None) -> float | None:
-    try:
-        number = float(value) if value is not None else -1.0
-    except ValueError:
-        return None
-    return number if 0 <= number < float("inf") else None
-
-
-def _seconds_until(date: bytes, now: float) -> float | None:
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(date.decode("latin-1")).timestamp() - now)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _duration(value: bytes) -> float | None:
-    """Read OpenAI's `6m0s`, `1.5s` or `20ms`."""
-    total, rest = 0.0, value.decode("latin-1").strip()
-    if not rest:
-        return None
-    while rest:
-        digits = next((i for i, char in enumerate(rest) if char not in "0123456789."), len(rest))
-        unit = next((name for name in ("ms", "h", "m", "s") if rest.startswith(name, digits)), None)
-        number = _number(rest[:digits].encode())
-        if number is None or (unit is None and rest[digits:]):
-            return None
-        total += number * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, None: 1}[unit]
-        rest = rest[digits + len(unit or "") :]
-    return total
+    if isinstance(error, dict):
+        return _Error(error.get("code"), error.get("type"), error.get("message"))
+    return _Error()

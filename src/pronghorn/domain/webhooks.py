@@ -8,7 +8,7 @@ import math
 import msgspec
 
 from pronghorn.domain.model import BatchStatus
-from pronghorn.domain.retry import retry_after
+from pronghorn.domain.retry_after import retry_after
 
 # Waits after the first, second, ... failed attempt, in seconds: the example schedule of Standard Webhooks.
 RETRY_DELAYS_S = (5, 300, 1800, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)

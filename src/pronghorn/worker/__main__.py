@@ -12,7 +12,9 @@ import random
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -41,6 +43,7 @@ async def work(channel: socket.socket) -> None:
         rng=random.Random(),
         report=lambda report: framing.send(writer, report),
     )
+    asyncio.get_running_loop().set_exception_handler(partial(_on_loop_error, dispatcher))
     running = asyncio.create_task(dispatcher.run())
     obeying = asyncio.create_task(_obey(orders, dispatcher))
     framing.send(writer, Ready())
@@ -54,6 +57,15 @@ async def work(channel: socket.socket) -> None:
     for result in results:
         if isinstance(result, Exception):
             raise result
+
+
+def _on_loop_error(dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End with a callback that failed: the line that it was for would else never have an outcome."""
+    error = context.get("exception")
+    if error is None or isinstance(error, OSError):
+        loop.default_exception_handler(context)
+    else:
+        dispatcher.fail(error)
 
 
 async def _obey(orders: framing.Messages[Order], dispatcher: Dispatcher) -> None:

@@ -1,6 +1,6 @@
 """The hot path: lines -> engine -> outcomes.
 
-A line is read from its shard (`_ShardRun.read`), sent when a replica's window has room (`Dispatcher.fill`), judged
+A line is read from its shard (`ShardRun.read`), sent when a replica's window has room (`Dispatcher.fill`), judged
 when its answer comes (`_answered`) and appended to the shard's segment (`_record`). The window belongs to the
 replica, not to the shard: when one shard has nothing left to send, lines of the next go out. Groups of records are
 made durable together (`_commit_loop`), and a shard whose every line is recorded is sorted back into input order.
@@ -13,24 +13,23 @@ import itertools
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
-
-import msgspec
 
 from pronghorn.clock import Clock
 from pronghorn.domain import retry
 from pronghorn.domain.answers import Answer, Fault
-from pronghorn.domain.flow import Window
-from pronghorn.domain.model import BlobRef, Closing, Endpoint, Replica, Shard, ShardKey, Tally, Usage
-from pronghorn.domain.planning import LineSplitter, RawLine
-from pronghorn.engines.client import Call, EngineClient, Timeouts
-from pronghorn.errors import Damaged, StorageError, unreachable
-from pronghorn.limits import MIB
+from pronghorn.domain.breaker import Breaker
+from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX, Casualty
+from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
+from pronghorn.engines.client import EngineClient, Timeouts
+from pronghorn.errors import StorageError, unreachable
+from pronghorn.limits import KIB, MIB
 from pronghorn.storage.blobs import Blobs
-from pronghorn.storage.segments import Counter, Fate, Outcome, Place, Segments, SegmentWriter
+from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
 from pronghorn.worker import results
+from pronghorn.worker.lane import Absence, Lane
 from pronghorn.worker.protocol import (
     Assign,
     Broken,
@@ -41,170 +40,50 @@ from pronghorn.worker.protocol import (
     Sent,
     ShardProgress,
 )
+from pronghorn.worker.shard_run import Line, ShardRun
+from pronghorn.worker.triage import Finding, Triage
 
-# Lines of a shard held ready to be sent: more than any window would take at once between two reads.
-READ_AHEAD_LINES = 4096
 # Outcomes that wait for the disk: past this no further line is sent until it has caught up.
 UNDURABLE_BYTES_MAX = 32 * MIB
+# Lines that wait to be tried again: past this no new line is sent. They are what a worker's memory holds beside the
+# lines that are read ahead.
+WAITING_LINES_MAX = 8192
+# What an engine said last is kept for the case that time runs out; an error is short, and thousands may wait.
+LAST_ANSWER_BYTES_MAX = 64 * KIB
 PROGRESS_INTERVAL_S = 0.25
 # OpenAI's bound for cancelling: lines in flight may finish, but an engine that hangs does not hold a batch for ever.
-CLOSING_S_MAX = 600.0
+CANCELLING_S_MAX = 600.0
+# A deadline is a deadline; an answer that is almost there is still worth a moment.
+EXPIRING_S_MAX = 10.0
+
+CRASHES = retry.Failure(
+    "upstream_crash_suspected", f"The engine died {ALONE_DEATHS_MAX} times while it ran this line and no other."
+)
 
 
-class _RawLine(msgspec.Struct):
-    custom_id: msgspec.Raw
-    body: msgspec.Raw
-
-
-_decode_line = msgspec.json.Decoder(_RawLine).decode
-
-
-class _Line:
-    """A line on its way to its outcome."""
-
-    __slots__ = ("body", "call", "charged", "custom_id", "number", "run", "tries")
-
-    def __init__(self, run: _ShardRun, number: int, custom_id: bytes, body: bytes) -> None:
-        self.run = run
-        self.number = number
-        self.custom_id = custom_id
-        self.body = body
-        self.tries = 0
-        self.charged = 0
-        self.call: Call | None = None
-
-    @property
-    def identity(self) -> tuple[str, int, bytes]:
-        return self.run.key.batch_id, self.number, self.custom_id
-
-
-class _ShardRun:
-    """One attempt at a shard: the lines that wait, and where the recorded outcomes lie."""
-
-    def __init__(self, order: Assign, segments: Segments, on_change: Callable[[], None]) -> None:
-        self.shard: Shard = order.shard
-        self.blobs: list[BlobRef] = order.blobs
-        self.endpoint: Endpoint = order.endpoint
-        self.model: str = order.model
-        self.closing: Closing | None = order.closing
-        self.rejects = {reject.line: reject for reject in order.shard.rejects}
-        self.ready: deque[_Line] = deque()
-        self.in_flight: set[_Line] = set()
-        self.places: dict[int, Place] = {}
-        self.counter = Counter()
-        self.all_read = False
-        self.durable = Tally()
-        self.moved = True
-        self.sent = False
-        self.finished = False
-        self.segment: SegmentWriter | None = None
-        self._lines_read = 0
-        self._segments = segments
-        self._on_change = on_change
-        self._room = asyncio.Event()
-
-    @property
-    def key(self) -> ShardKey:
-        return self.shard.key
-
-    @property
-    def complete(self) -> bool:
-        return len(self.places) == self.shard.lines
-
-    async def open(self) -> None:
-        """Recover what earlier attempts recorded and start a segment of this epoch."""
-        self.places = await asyncio.to_thread(self._segments.recover, self.key)
-        for place in self.places.values():
-            self.counter.add(place.fate, place.usage)
-        self.durable = self.counter.tally()
-        self.segment = await asyncio.to_thread(self._segments.create, self.key, self.shard.epoch)
-
-    async def read(self, blobs: Blobs, line_bytes_max: int) -> None:
-        """Make the shard's unrecorded lines ready, a bounded number ahead of what is sent."""
-        shard = self.shard
-        splitter = LineSplitter(line_bytes_max=line_bytes_max, offset=shard.offset, number=shard.first_line)
-        async for chunk in blobs.read(self.blobs, shard.offset, shard.offset + shard.bytes):
-            self._add(splitter.feed(chunk))
-            await self._wait_for_room()
-        self._add(splitter.finish())
-        if self._lines_read != shard.lines:
-            raise Damaged(f"the input file has {self._lines_read} lines where {shard.lines} were validated")
-        self.all_read = True
-        self._on_change()
-
-    def record(self, outcome: Outcome) -> None:
-        """Append a line's one outcome."""
-        if self.segment is None or outcome.line in self.places:
-            unreachable("a line is sent once its segment is open, and recorded once")
-        self.places[outcome.line] = self.segment.append(outcome)
-        self.counter.add(outcome.fate, outcome.usage)
-
-    def take(self) -> _Line:
-        line = self.ready.popleft()
-        if len(self.ready) < READ_AHEAD_LINES:
-            self._room.set()
-        return line
-
-    def _add(self, lines: Iterable[RawLine]) -> None:
-        for raw in lines:
-            if raw.content == b"":
-                continue
-            self._lines_read += 1
-            if raw.number in self.places:
-                continue
-            if reject := self.rejects.get(raw.number):
-                result = results.rejected(self.key.batch_id, reject, raw.content)
-                self.record(Outcome(raw.number, Fate.FAILED, Usage(), result))
-                continue
-            try:
-                line = _decode_line(raw.content or b"")
-            except (msgspec.DecodeError, RecursionError) as error:
-                raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
-            self.ready.append(_Line(self, raw.number, bytes(line.custom_id), bytes(line.body)))
-
-    async def _wait_for_room(self) -> None:
-        self._on_change()
-        while len(self.ready) >= READ_AHEAD_LINES:
-            self._room.clear()
-            await self._room.wait()
-
-
-class _Lane:
-    """The way to one replica: its connections, its window, and whether it is paused."""
-
-    def __init__(self, replica: Replica, client: EngineClient) -> None:
-        self.replica = replica
-        self.client = client
-        self.window = Window(fixed=replica.window)
-        self.in_flight = 0
-        self.live = 0
-        self.pauses = 0
-        self.paused_until = 0.0
-        self.reason: str | None = None
-
-    def room(self, now: float) -> int:
-        """Return how many more lines may be sent now; after a pause one line probes the way."""
-        if self.reason is None:
-            return (self._limit_beside_live() if self.live else self.window.limit) - self.in_flight
-        return 1 - self.in_flight if now >= self.paused_until else 0
-
-    def _limit_beside_live(self) -> int:
-        """Return the window beside live requests: no line of it queues ahead of them, yet one always runs."""
-        return max(1, min(self.window.limit, self.replica.slots or self.window.limit) - self.live)
-
-
-def _success(line: _Line, answer: Answer | Fault) -> bytes:
+def _success(line: Line, answer: Answer | Fault) -> bytes:
     if isinstance(answer, Fault):
         unreachable("a fault is no success")
     return results.answered(*line.identity, answer)
 
 
-def _failure(line: _Line, answer: Answer | Fault, failure: retry.Failure) -> bytes:
-    if isinstance(answer, Fault) or failure.code is not None:
+def _failure(line: Line, answer: Answer | Fault | None, failure: retry.Failure) -> bytes:
+    if not isinstance(answer, Answer) or failure.code is not None:
         return results.unanswered(*line.identity, failure.code or "upstream_error", failure.message)
     if failure.status is not None:
         answer = Answer(failure.status, answer.headers, answer.body)
     return results.answered(*line.identity, answer)
+
+
+def _remember(line: Line, or_else: retry.Failure | None, answer: Answer | Fault | None) -> None:
+    """Keep what a line's outcome is if time runs out before it is tried again."""
+    if or_else is None or (isinstance(answer, Answer) and len(answer.body) > LAST_ANSWER_BYTES_MAX):
+        return
+    line.or_else = or_else, answer if isinstance(answer, Answer) else None
+
+
+def _is_404(answer: Answer | Fault) -> bool:
+    return isinstance(answer, Answer) and answer.status == 404
 
 
 def _way(replica: Replica) -> tuple[str, str | None, int | None]:
@@ -235,16 +114,21 @@ class Dispatcher:
         self._segments = segments
         self._clock = clock
         self._report = report
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         self._live: dict[str, int] = {}
-        self._runs: dict[ShardKey, _ShardRun] = {}
+        self._runs: dict[ShardKey, ShardRun] = {}
         self._background: set[asyncio.Task[None]] = set()
-        self._timers: dict[_Line, asyncio.TimerHandle] = {}
+        self._waiting = 0
+        self._suspects: deque[Line] = deque()
+        self._kept_clear: Lane | None = None
+        self._triage = Triage(clock, config.line_timeout_s, self._found)
+        self._patience = retry.Patience(config.refused_pause_s, config.model_grace_s)
         self._dirty = asyncio.Event()
         self._committing = asyncio.Lock()
         self._undurable_bytes = 0
         self._writing = False
         self._disk_error: OSError | None = None
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
         self._drained = asyncio.Event()
 
@@ -261,6 +145,7 @@ class Dispatcher:
             lane.replica = replica  # its list of models may have changed
             self._lanes.append(lane)
         for lane in kept.values():
+            self._triage.give_up(lane)
             self._spawn(lane.client.close())
         self.leave_room(self._live)
 
@@ -273,23 +158,23 @@ class Dispatcher:
 
     def assign(self, order: Assign) -> None:
         """Start a shard; its end is reported as Done or Broken."""
-        run = _ShardRun(order, self._segments, partial(self._shard_moved, order.shard.key))
+        run = ShardRun(order, self._segments, partial(self._shard_moved, order.shard.key))
         self._runs[run.key] = run
         self._spawn(self._start(run))
 
     def close_batch(self, batch_id: str, closing: Closing) -> None:
-        """Record every unsent line of a batch as not run; lines in flight get CLOSING_S_MAX to finish."""
+        """Record every unsent line of a batch as not run; lines in flight get a while to finish."""
         for run in [run for run in self._runs.values() if run.key.batch_id == batch_id]:
             if run.closing is None:
-                asyncio.get_running_loop().call_later(CLOSING_S_MAX, self._break_off, run)
+                wait_s = EXPIRING_S_MAX if closing is Closing.EXPIRED else CANCELLING_S_MAX
+                asyncio.get_running_loop().call_later(wait_s, self._break_off, run)
             run.closing = closing
-            for line in [line for line in self._timers if line.run is run]:
-                self._timers.pop(line).cancel()
-                run.ready.append(line)
+            for line in [line for line in run.pending if line.timer is not None or line in self._suspects]:
+                self._requeue(line)
             self._shard_moved(run.key)
 
-    def _break_off(self, run: _ShardRun) -> None:
-        for line in list(run.in_flight):
+    def _break_off(self, run: ShardRun) -> None:
+        for line in list(run.pending):
             if line.call is not None:
                 line.call.abort()
 
@@ -309,10 +194,19 @@ class Dispatcher:
             await lane.client.close()
 
     async def run(self) -> None:
-        """Commit and report until cancelled; an error of the disk ends it, and with it the process."""
+        """Commit and report until cancelled; a failure of the disk, or of ours, ends it, and with it the process."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._commit_loop())
             tasks.create_task(self._progress_loop())
+            tasks.create_task(self._await_failure())
+
+    def fail(self, error: BaseException) -> None:
+        """Make `run` raise what went wrong where nobody awaited it."""
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _await_failure(self) -> None:
+        await self._failed
 
     # Sending
 
@@ -321,94 +215,200 @@ class Dispatcher:
         if self._stopping or self._undurable_bytes > UNDURABLE_BYTES_MAX:
             return
         now = self._clock.monotonic()
+        if self._suspects or self._kept_clear is not None:
+            self._run_suspects(now)
         for run in list(self._runs.values()):
             while run.ready and (lane := self._roomiest(run, now)) is not None:
                 self._send(run.take(), lane, now)
             self._note_sent(run)
 
-    def _roomiest(self, run: _ShardRun, now: float) -> _Lane | None:
+    def _roomiest(self, run: ShardRun, now: float) -> Lane | None:
+        """Return the replica with most room for the run's next line.
+
+        While lines wait to be tried again, an engine that fails every line gets no new ones to spoil.
+        """
+        new = self._waiting > 0 and run.ready[0].tries == 0
+        if new and self._waiting >= WAITING_LINES_MAX:
+            return None
         best, best_room = None, 0
         for lane in self._lanes:
-            if (room := lane.room(now)) > best_room and lane.replica.answers(run.endpoint, run.model):
+            if (
+                (room := lane.room(now, run.model)) > best_room
+                and lane.replica.answers(run.endpoint, run.model)
+                and not (new and lane.fails_every_line)
+            ):
                 best, best_room = lane, room
         return best
 
-    def _send(self, line: _Line, lane: _Lane, now: float) -> None:
+    def _send(self, line: Line, lane: Lane, now: float) -> None:
+        run = line.run
+        if lane.in_flight == 0:
+            lane.quiet_since = now
+        if lane.breaker.reason is not None or run.model in lane.absent:
+            lane.probe = line
         lane.in_flight += 1
+        lane.asked = run.endpoint, run.model
         line.tries += 1
         line.charged += 1
-        line.run.in_flight.add(line)
-        line.call = lane.client.send(line.run.endpoint.path, line.body, partial(self._answered, line, lane, now))
+        line.call = lane.client.send(run.endpoint.path, line.body, partial(self._answered, line, lane, now))
 
-    def _answered(self, line: _Line, lane: _Lane, sent_at: float, answer: Answer | Fault) -> None:
-        now = self._clock.monotonic()
-        effort = retry.Effort(line.tries, line.charged, lane.pauses)
-        verdict = retry.judge(answer, line.run.endpoint, effort, self._clock.now())
+    def _answered(self, line: Line, lane: Lane, sent_at: float, answer: Answer | Fault) -> None:
+        run, now = line.run, self._clock.monotonic()
+        absent_s = lane.absent_s(now, run.model) if lane.absent else 0.0
+        effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
+        verdict = retry.judge(answer, run.endpoint, effort, self._clock.now(), self._patience)
         lane.window.answered(now, lane.in_flight + lane.live)
+        if retry.shows_overload(answer):
+            lane.window.congested(now, now - sent_at)
         lane.in_flight -= 1
-        line.run.in_flight.discard(line)
+        lane.quiet_since = now
+        line.call = None
+        if lane.probe is line:
+            lane.probe = None
+        if not isinstance(verdict, retry.Lost):
+            self._triage.heard(lane, answer, verdict, sent_at)
+            line.alone = False
         match verdict:
             case retry.Success(usage):
-                self._resume(lane)
+                self._is_well(lane, run.model, sent_at)
                 self._record(line, Fate.COMPLETED, usage, _success(line, answer))
             case retry.Failure() as failure:
-                self._resume(lane)
+                self._is_well(lane, run.model, sent_at, knows_model=not _is_404(answer))
                 self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
-            case retry.Again(low, high, costs):
-                lane.window.congested(now, now - sent_at)
-                line.charged -= not costs
-                self._send_later(line, self._rng.uniform(low, high))
-            case retry.Pause(low, high, reason):
-                lane.window.congested(now, now - sent_at)
+            case retry.Again() as again:
+                lane.failures_in_a_row += again.costs_attempt
+                self._try_again(line, again, answer)
+            case retry.Pause() as pause:
                 line.charged -= 1
+                _remember(line, pause.or_else, answer)
+                self._pause(lane, pause, run.model)
                 self._requeue(line)
-                self._pause(lane, self._rng.uniform(low, high), reason)
+            case retry.Lost() as lost:
+                _remember(line, lost.failure, answer)
+                self._triage.lost(lane, line, lost, sent_at)
         if self._stopping:
             self._check_drained()
         self.fill()
 
-    def _record(self, line: _Line, fate: Fate, usage: Usage, result: bytes) -> None:
+    def _record(self, line: Line, fate: Fate, usage: Usage, result: bytes) -> None:
+        line.run.pending.discard(line)
         line.run.record(Outcome(line.number, fate, usage, result))
         self._undurable_bytes += len(result)
         if not self._writing:
             self._writing = True
             asyncio.get_running_loop().call_soon(self._write)
 
-    def _send_later(self, line: _Line, wait_s: float) -> None:
-        def again() -> None:
-            self._timers.pop(line, None)
-            self._requeue(line)
-            self.fill()
-
-        self._timers[line] = asyncio.get_running_loop().call_later(wait_s, again)
+    def _try_again(self, line: Line, again: retry.Again, answer: Answer | Fault | None) -> None:
+        line.charged -= not again.costs_attempt
+        _remember(line, again.or_else, answer)
+        wait_s = self._rng.uniform(again.wait_s_min, again.wait_s_max)
+        line.timer = asyncio.get_running_loop().call_later(wait_s, self._wait_is_over, line)
+        self._waiting += 1
         if line.run.closing is not None:
-            self.close_batch(line.run.key.batch_id, line.run.closing)
+            self._requeue(line)
 
-    def _requeue(self, line: _Line) -> None:
-        line.run.ready.appendleft(line)
-        self._give_up_if_closing(line.run)
-
-    def _pause(self, lane: _Lane, wait_s: float, reason: str) -> None:
-        now = self._clock.monotonic()
-        if lane.reason is not None and now < lane.paused_until:
-            return
-        lane.pauses += 1
-        lane.paused_until = now + wait_s
-        lane.reason = reason
-        asyncio.get_running_loop().call_later(wait_s, self._probe, lane)
-
-    def _probe(self, lane: _Lane) -> None:
-        """Let one line try a paused replica; timers may come a little early, so the clock is not asked."""
-        lane.paused_until = 0.0
+    def _wait_is_over(self, line: Line) -> None:
+        self._requeue(line)
         self.fill()
 
-    def _resume(self, lane: _Lane) -> None:
-        lane.reason = None
-        lane.pauses = 0
+    def _requeue(self, line: Line) -> None:
+        """Make a line ready again, whatever it was waiting for."""
+        if line.timer is not None:
+            line.timer.cancel()
+            line.timer = None
+            self._waiting -= 1
+        elif line in self._suspects:
+            self._suspects.remove(line)
+        line.run.put_back(line)
+        self._give_up_if_closing(line.run)
+
+    # Engines that are not well
+
+    def _is_well(self, lane: Lane, model: str, sent_at: float, *, knows_model: bool = True) -> None:
+        lane.failures_in_a_row = 0
+        lane.breaker.answered(sent_at)
+        if absence := lane.absent.get(model):
+            absence.breaker.answered(sent_at)
+            if knows_model:
+                del lane.absent[model]
+
+    def _pause(self, lane: Lane, pause: retry.Pause, model: str, *, silent: bool = False) -> None:
+        now, breaker = self._clock.monotonic(), lane.breaker
+        if pause.model_only:
+            breaker = lane.absent.setdefault(model, Absence(now)).breaker
+        wait_s = self._rng.uniform(pause.wait_s_min, pause.wait_s_max)
+        if breaker.trip(now, wait_s, pause.reason, silent=silent):
+            asyncio.get_running_loop().call_later(wait_s, self._probe, lane, breaker)
+
+    def _probe(self, lane: Lane, breaker: Breaker) -> None:
+        breaker.half_open()
+        if breaker.silent:
+            self._triage.ask(lane)
+        self.fill()
+
+    def _found(self, lane: Lane, finding: Finding) -> None:
+        """Act on what has been found out about an engine that lost lines, or was silent."""
+        if finding.alive:
+            lane.quiet_since = now = self._clock.monotonic()
+            if lane.breaker.silent:
+                lane.breaker.answered(now)
+        elif finding.pause is not None:
+            self._pause(lane, finding.pause, "", silent=finding.silent)
+        died = finding.doubt.all_lost() or not finding.alive
+        for casualty in reversed(finding.doubt.casualties):
+            self._treat(lane, casualty, alive=finding.alive, died=died)
+        self.fill()
+
+    def _treat(self, lane: Lane, casualty: Casualty[Line], *, alive: bool, died: bool) -> None:
+        line, lost, _ = casualty
+        alone, line.alone = line.alone, False
+        if lost.hung and not alive:
+            line.charged -= 1
+            self._requeue(line)
+        elif not lost.hung and (died or alone):
+            line.charged -= 1
+            line.deaths += 1
+            line.alone_deaths += alone
+            self._suspect(line)
+        else:
+            match retry.charge(lost, retry.Effort(line.tries, line.charged)):
+                case retry.Failure() as failure:
+                    self._record(line, Fate.FAILED, Usage(), _failure(line, None, failure))
+                case retry.Again() as again:
+                    lane.failures_in_a_row += 1
+                    self._try_again(line, again, None)
+
+    def _suspect(self, line: Line) -> None:
+        """Deal with a line that was with an engine when it died; where it happens again, the line runs alone."""
+        if line.alone_deaths >= ALONE_DEATHS_MAX:
+            self._record(line, Fate.FAILED, Usage(), _failure(line, None, CRASHES))
+        elif line.deaths >= SHARED_DEATHS_MAX and line.run.closing is None:
+            self._suspects.append(line)
+        else:
+            self._requeue(line)
+
+    def _run_suspects(self, now: float) -> None:
+        """Run suspected lines one after the other, each alone on a replica that is kept clear for it."""
+        if (lane := self._kept_clear) is not None:
+            if lane.in_flight and lane in self._lanes:
+                return  # it is being cleared, or a suspect runs
+            lane.kept_clear, self._kept_clear = False, None
+        if not self._suspects:
+            return
+        line = self._suspects[0]
+        able = [lane for lane in self._lanes if lane.replica.answers(line.run.endpoint, line.run.model)]
+        lane = min(able, key=lambda lane: (lane.breaker.reason is not None, lane.in_flight), default=None)
+        if lane is None:
+            return
+        lane.kept_clear, self._kept_clear = True, lane
+        if lane.in_flight == 0 and (lane.breaker.reason is None or lane.admits_probe(now)):
+            self._suspects.popleft()
+            line.alone = True
+            self._send(line, lane, now)
 
     # Shards
 
-    async def _start(self, run: _ShardRun) -> None:
+    async def _start(self, run: ShardRun) -> None:
         try:
             await run.open()
             self._dirty.set()
@@ -426,35 +426,38 @@ class Dispatcher:
             self._give_up_if_closing(self._runs[key])
             self.fill()
 
-    def _give_up_if_closing(self, run: _ShardRun) -> None:
+    def _give_up_if_closing(self, run: ShardRun) -> None:
         while run.closing is not None and run.ready:
             line = run.take()
-            self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, run.closing))
+            if run.closing is Closing.EXPIRED and line.or_else is not None:
+                failure, answer = line.or_else
+                self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
+            else:
+                self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, run.closing))
 
-    def _give_up_unread(self, run: _ShardRun) -> None:
+    def _give_up_unread(self, run: ShardRun) -> None:
         """Record the lines of a closing shard whose input cannot be read: they are not run, and have no name."""
         closing = run.closing or unreachable("only a closing shard is given up unread")
-        pending = len(run.ready) + len(run.in_flight) + sum(line.run is run for line in self._timers)
-        missing = run.shard.lines - len(run.places) - pending
-        known = {line.number for line in [*run.ready, *run.in_flight]}
+        known = {line.number for line in [*run.ready, *run.pending]}
+        missing = run.shard.lines - len(run.places) - len(known)
         numbers = (n for n in itertools.count(run.shard.first_line) if n not in run.places and n not in known)
         for number in list(itertools.islice(numbers, missing)):
-            line = _Line(run, number, b"null", b"")
+            line = Line(run, number, b"null", b"")
             self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, closing))
         run.all_read = True
         self._shard_moved(run.key)
 
-    def _note_sent(self, run: _ShardRun) -> None:
+    def _note_sent(self, run: ShardRun) -> None:
         if run.all_read and not run.ready and not run.sent:
             run.sent = True
             self._report(Sent(run.key, run.shard.epoch))
 
-    def _drop(self, run: _ShardRun, reason: str) -> None:
+    def _drop(self, run: ShardRun, reason: str) -> None:
         if self._runs.pop(run.key, None) is not None and run.segment is not None:
             run.segment.close()
         self._report(Broken(run.key, run.shard.epoch, reason))
 
-    async def _finish(self, run: _ShardRun, segment: SegmentWriter) -> None:
+    async def _finish(self, run: ShardRun, segment: SegmentWriter) -> None:
         segment.close()
         result = await asyncio.to_thread(results.write_parts, run.shard, run.places, self._blobs)
         del self._runs[run.key]
@@ -517,12 +520,13 @@ class Dispatcher:
         for run in moved:
             run.moved = False
         shards = [ShardProgress(run.key, run.shard.epoch, run.durable) for run in moved]
-        paused = {lane.replica.base_url: lane.reason for lane in self._lanes if lane.reason is not None}
-        self._report(Moved(shards, paused))
+        for lane in self._lanes:
+            self._triage.watch(lane)
+        self._report(Moved(shards, [paused for lane in self._lanes for paused in lane.paused()]))
 
     # Plumbing
 
-    def _open_lane(self, replica: Replica) -> _Lane:
+    def _open_lane(self, replica: Replica) -> Lane:
         key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
         client = EngineClient(
             replica.base_url,
@@ -530,7 +534,7 @@ class Dispatcher:
             timeouts=Timeouts(total_s=self._config.line_timeout_s, first_byte_s=self._config.line_timeout_s),
             answer_bytes_max=self._config.answer_bytes_max,
         )
-        return _Lane(replica, client)
+        return Lane(replica, client)
 
     def _check_drained(self) -> None:
         if not any(lane.in_flight for lane in self._lanes):
@@ -539,4 +543,9 @@ class Dispatcher:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._background_ended)
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)

@@ -16,6 +16,8 @@ class Configure(msgspec.Struct, tag=True, frozen=True):
     line_bytes_max: int
     answer_bytes_max: int
     line_timeout_s: float
+    refused_pause_s: float
+    model_grace_s: float
 
 
 class UseReplicas(msgspec.Struct, tag=True, frozen=True):
@@ -72,11 +74,19 @@ class ShardProgress(msgspec.Struct, frozen=True):
     tally: Tally
 
 
+class Paused(msgspec.Struct, frozen=True):
+    """A replica that gets no lines for now, or none that name `model`, and why."""
+
+    base_url: str
+    model: str | None
+    reason: str
+
+
 class Moved(msgspec.Struct, tag=True, frozen=True):
-    """What moved since the last report, and which replicas are paused and why, by base URL."""
+    """What moved since the last report, and what is paused."""
 
     shards: list[ShardProgress]
-    paused: dict[str, str]
+    paused: list[Paused]
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):

@@ -1,0 +1,170 @@
+"""A line on its way, and one attempt at a shard, which reads its lines and holds their outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from pronghorn.domain.answers import Answer
+from pronghorn.domain.model import BlobRef, Closing, Endpoint, Shard, ShardKey, Tally, Usage
+from pronghorn.domain.planning import LineSplitter, RawLine
+from pronghorn.domain.retry import Failure
+from pronghorn.engines.client import Call
+from pronghorn.errors import Damaged, unreachable
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.segments import Counter, Fate, Outcome, Place, Segments, SegmentWriter
+from pronghorn.worker import results
+from pronghorn.worker.protocol import Assign
+
+# Lines of a shard held ready to be sent: more than any window would take at once between two reads.
+READ_AHEAD_LINES = 4096
+
+
+class _Decoded(msgspec.Struct):
+    custom_id: msgspec.Raw
+    body: msgspec.Raw
+
+
+_decode_line = msgspec.json.Decoder(_Decoded).decode
+
+
+class Line:
+    """A line on its way to its outcome.
+
+    `tries` counts how often it was sent, `charged` those that use up its attempts, `deaths` the engine's ends that it
+    was part of. `or_else` is its outcome if time runs out, with the answer that it would show.
+    """
+
+    __slots__ = (
+        "alone",
+        "alone_deaths",
+        "body",
+        "call",
+        "charged",
+        "custom_id",
+        "deaths",
+        "number",
+        "or_else",
+        "run",
+        "timer",
+        "tries",
+    )
+
+    def __init__(self, run: ShardRun, number: int, custom_id: bytes, body: bytes) -> None:
+        self.run = run
+        self.number = number
+        self.custom_id = custom_id
+        self.body = body
+        self.tries = 0
+        self.charged = 0
+        self.deaths = 0
+        self.alone_deaths = 0
+        self.alone = False
+        self.call: Call | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.or_else: tuple[Failure, Answer | None] | None = None
+
+    @property
+    def identity(self) -> tuple[str, int, bytes]:
+        return self.run.key.batch_id, self.number, self.custom_id
+
+
+class ShardRun:
+    """One attempt at a shard: `ready` to be sent, `pending` until their outcome, recorded at `places`."""
+
+    def __init__(self, order: Assign, segments: Segments, on_change: Callable[[], None]) -> None:
+        self.shard: Shard = order.shard
+        self.blobs: list[BlobRef] = order.blobs
+        self.endpoint: Endpoint = order.endpoint
+        self.model: str = order.model
+        self.closing: Closing | None = order.closing
+        self.rejects = {reject.line: reject for reject in order.shard.rejects}
+        self.ready: deque[Line] = deque()
+        self.pending: set[Line] = set()
+        self.places: dict[int, Place] = {}
+        self.counter = Counter()
+        self.all_read = False
+        self.durable = Tally()
+        self.moved = True
+        self.sent = False
+        self.finished = False
+        self.segment: SegmentWriter | None = None
+        self._lines_read = 0
+        self._segments = segments
+        self._on_change = on_change
+        self._room = asyncio.Event()
+
+    @property
+    def key(self) -> ShardKey:
+        return self.shard.key
+
+    @property
+    def complete(self) -> bool:
+        return len(self.places) == self.shard.lines
+
+    async def open(self) -> None:
+        """Recover what earlier attempts recorded and start a segment of this epoch."""
+        self.places = await asyncio.to_thread(self._segments.recover, self.key)
+        for place in self.places.values():
+            self.counter.add(place.fate, place.usage)
+        self.durable = self.counter.tally()
+        self.segment = await asyncio.to_thread(self._segments.create, self.key, self.shard.epoch)
+
+    async def read(self, blobs: Blobs, line_bytes_max: int) -> None:
+        """Make the shard's unrecorded lines ready, a bounded number ahead of what is sent."""
+        shard = self.shard
+        splitter = LineSplitter(line_bytes_max=line_bytes_max, offset=shard.offset, number=shard.first_line)
+        async for chunk in blobs.read(self.blobs, shard.offset, shard.offset + shard.bytes):
+            self._add(splitter.feed(chunk))
+            await self._wait_for_room()
+        self._add(splitter.finish())
+        if self._lines_read != shard.lines:
+            raise Damaged(f"the input file has {self._lines_read} lines where {shard.lines} were validated")
+        self.all_read = True
+        self._on_change()
+
+    def record(self, outcome: Outcome) -> None:
+        """Append a line's one outcome."""
+        if self.segment is None or outcome.line in self.places:
+            unreachable("a line is sent once its segment is open, and recorded once")
+        self.places[outcome.line] = self.segment.append(outcome)
+        self.counter.add(outcome.fate, outcome.usage)
+
+    def take(self) -> Line:
+        """Return the next ready line, pending from now on."""
+        line = self.ready.popleft()
+        self.pending.add(line)
+        if len(self.ready) < READ_AHEAD_LINES:
+            self._room.set()
+        return line
+
+    def put_back(self, line: Line) -> None:
+        """Make a pending line the next ready one."""
+        self.pending.discard(line)
+        self.ready.appendleft(line)
+
+    def _add(self, lines: Iterable[RawLine]) -> None:
+        for raw in lines:
+            if raw.content == b"":
+                continue
+            self._lines_read += 1
+            if raw.number in self.places:
+                continue
+            if reject := self.rejects.get(raw.number):
+                result = results.rejected(self.key.batch_id, reject, raw.content)
+                self.record(Outcome(raw.number, Fate.FAILED, Usage(), result))
+                continue
+            try:
+                line = _decode_line(raw.content or b"")
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
+            self.ready.append(Line(self, raw.number, bytes(line.custom_id), bytes(line.body)))
+
+    async def _wait_for_room(self) -> None:
+        self._on_change()
+        while len(self.ready) >= READ_AHEAD_LINES:
+            self._room.clear()
+            await self._room.wait()
