@@ -52,6 +52,11 @@ class Process:
         self._reap()
         return status
 
+    def wait(self) -> int:
+        """Wait until it has ended by itself and return its exit status."""
+        self._reap()
+        return self._child.returncode
+
     def children(self) -> list[tuple[int, str]]:
         """Return the process ids and command lines of its direct children."""
         found = []

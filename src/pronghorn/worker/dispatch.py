@@ -246,6 +246,7 @@ class Dispatcher:
             lane.quiet_since = now
         if lane.breaker.reason is not None or run.model in lane.absent:
             lane.probe = line
+        line.alone = lane.in_flight == 0 and (lane.kept_clear or lane.probe is line)
         lane.in_flight += 1
         lane.asked = run.endpoint, run.model
         line.tries += 1
@@ -267,12 +268,13 @@ class Dispatcher:
             lane.probe = None
         if not isinstance(verdict, retry.Lost):
             self._triage.heard(lane, answer, verdict, sent_at)
-            line.alone = False
         match verdict:
             case retry.Success(usage):
+                lane.failures_in_a_row = 0
                 self._is_well(lane, run.model, sent_at)
                 self._record(line, Fate.COMPLETED, usage, _success(line, answer))
             case retry.Failure() as failure:
+                lane.failures_in_a_row = lane.failures_in_a_row + 1 if line.charged > 1 else 0
                 self._is_well(lane, run.model, sent_at, knows_model=not _is_404(answer))
                 self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
             case retry.Again() as again:
@@ -325,7 +327,6 @@ class Dispatcher:
     # Engines that are not well
 
     def _is_well(self, lane: Lane, model: str, sent_at: float, *, knows_model: bool = True) -> None:
-        lane.failures_in_a_row = 0
         lane.breaker.answered(sent_at)
         if absence := lane.absent.get(model):
             absence.breaker.answered(sent_at)
@@ -361,14 +362,13 @@ class Dispatcher:
 
     def _treat(self, lane: Lane, casualty: Casualty[Line], *, alive: bool, died: bool) -> None:
         line, lost, _ = casualty
-        alone, line.alone = line.alone, False
         if lost.hung and not alive:
             line.charged -= 1
             self._requeue(line)
-        elif not lost.hung and (died or alone):
+        elif not lost.hung and (died or line.alone):
             line.charged -= 1
             line.deaths += 1
-            line.alone_deaths += alone
+            line.alone_deaths += line.alone
             self._suspect(line)
         else:
             match retry.charge(lost, retry.Effort(line.tries, line.charged)):
@@ -403,7 +403,6 @@ class Dispatcher:
         lane.kept_clear, self._kept_clear = True, lane
         if lane.in_flight == 0 and (lane.breaker.reason is None or lane.admits_probe(now)):
             self._suspects.popleft()
-            line.alone = True
             self._send(line, lane, now)
 
     # Shards

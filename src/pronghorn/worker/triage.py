@@ -50,7 +50,8 @@ class Triage:
         doubt = lane.doubt
         if doubt is None:
             doubt = lane.doubt = Doubt(self._clock.monotonic(), lane.in_flight + 1)
-            asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
+            wait_s = CANARY_AFTER_S if lane.in_flight else 0.0
+            asyncio.get_running_loop().call_later(wait_s, self._ask, lane, doubt)
         doubt.add(line, lost, sent_at)
 
     def heard(self, lane: Lane, answer: Answer | Fault, verdict: retry.Verdict, sent_at: float) -> None:
