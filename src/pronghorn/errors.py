@@ -8,6 +8,7 @@ PronghornError
 │   ├── Conflict            409
 │   ├── TooLarge            413
 │   ├── TooManyRequests     429
+│   ├── FileDamaged         500
 │   ├── EngineFailed        502
 │   ├── EngineUnreachable   503
 │   ├── EngineTimedOut      504
@@ -25,6 +26,7 @@ PronghornError
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -108,6 +110,15 @@ class EngineTimedOut(RequestError):
     type = "server_error"
 
 
+class FileDamaged(RequestError):
+    """The stored bytes of a file are not what was uploaded or recorded."""
+
+    status = 500
+    type = "server_error"
+    # To ask again changes nothing.
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
+
+
 class OutOfSpace(RequestError):
     """The disk is full; the client may try again later."""
 
@@ -160,3 +171,8 @@ def invariant(holds: bool, what: str) -> None:
     """Raise InvariantError unless `holds`; unlike assert it survives `python -O`."""
     if not holds:
         raise InvariantError(what)
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether an error says that there is no room, or none left for this user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

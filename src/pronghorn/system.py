@@ -18,6 +18,7 @@ from pronghorn.clock import Clock, SystemClock
 from pronghorn.control.coordinator import Coordinator
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.maintenance import Maintenance
+from pronghorn.control.orphans import Orphans
 from pronghorn.control.planner import Planner
 from pronghorn.control.webhooks import Courier
 from pronghorn.domain.addresses import AllowedHosts
@@ -30,10 +31,12 @@ from pronghorn.errors import UsageError
 from pronghorn.executors.local import LocalExecutor
 from pronghorn.ids import Ids, RandomIds
 from pronghorn.settings import Settings
+from pronghorn.storage import durable
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Segments
 from pronghorn.storage.uploads import Uploads
 from pronghorn.storage.webhooks import Webhooks
@@ -80,10 +83,10 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         metadata = Metadata(database)
         stack.push_async_callback(metadata.close)
         await metadata.add_account(DEFAULT_ACCOUNT, "default", clock.now())
-        blobs, segments = Blobs(data_dir / "blobs"), Segments(data_dir / "segments")
+        blobs, segments = Blobs(data_dir / "blobs", Room(data_dir)), Segments(data_dir / "segments")
         files, uploads = Files(database), Uploads(database)
         await uploads.drop_interrupted()
-        await asyncio.to_thread(blobs.drop_unfinished, "files")
+        orphans = await asyncio.to_thread(Orphans, metadata, files, blobs, segments)
         engines = build_engines(settings)
         await engines.start()
         stack.push_async_callback(engines.stop)
@@ -118,7 +121,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             answer_bytes_max=settings.answer_bytes_max,
         )
         stack.push_async_callback(relay.close)
-        maintaining = asyncio.create_task(Maintenance(files, uploads, blobs, clock).run())
+        maintaining = asyncio.create_task(Maintenance(files, uploads, blobs, orphans, clock).run())
         coordinating = asyncio.create_task(coordinator.run(), name="coordinator")
         coordinating.add_done_callback(_end_on_failure)
         delivering = asyncio.create_task(courier.run(), name="courier")
@@ -150,7 +153,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
 def _locked(data_dir: Path) -> Iterator[None]:
     """Hold the data directory for this process alone; the lock goes when the process does, however it ends."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        durable.make_directory(data_dir)
         descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UsageError(f"cannot use {data_dir} as data directory: {error.strerror}") from error

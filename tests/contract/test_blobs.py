@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from pronghorn.domain.model import BlobRef
-from pronghorn.errors import Damaged, NotStored, StorageError
+from pronghorn.errors import Damaged, NotStored
 from pronghorn.limits import FILE_CHUNK_BYTES
 from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.checksums import BLOCK_BYTES
+from tests.beds import Bed
 
 OpenBlobs = Callable[[], Blobs]
 
@@ -85,7 +88,7 @@ def test_a_range_past_the_end_ends_at_the_end(blobs: Blobs) -> None:
 def test_a_blob_is_read_in_chunks_of_bounded_size(blobs: Blobs) -> None:
     data = bytes(range(256)) * (FILE_CHUNK_BYTES // 256) + b"tail"
     found = chunks(blobs, [store(blobs, "x", data)], 1, len(data))
-    assert [len(chunk) for chunk in found] == [FILE_CHUNK_BYTES, 3]
+    assert [len(chunk) for chunk in found] == [FILE_CHUNK_BYTES - 1, 4]
     assert b"".join(found) == data[1:]
 
 
@@ -127,12 +130,48 @@ def test_a_missing_blob_is_named(blobs: Blobs) -> None:
     assert read(blobs, refs, 0, 3) == b"abc"
 
 
-def test_a_blob_that_has_lost_its_end_is_damaged(blobs: Blobs) -> None:
-    store(blobs, "x", b"abc")
-    with pytest.raises(Damaged, match="stored file x ends before byte 5"):
-        read(blobs, [BlobRef("x", 5)], 0, 5)
-    with pytest.raises(StorageError, match="stored file x cannot be read: "):
-        read(blobs, [BlobRef("x", 9)], 4, 9)
+def test_a_blob_that_has_lost_its_end_is_damaged(blobs: Blobs, tmp_path: Path) -> None:
+    ref = store(blobs, "x", b"abc" * BLOCK_BYTES)
+    stored = tmp_path / "a" / "b" / "x"
+    for size in (stored.stat().st_size - 1, ref.bytes, 5, 0):
+        os.truncate(stored, size)
+        with pytest.raises(Damaged, match="stored file x is damaged: its end is missing"):
+            read(blobs, [ref], 0, ref.bytes)
+
+
+def test_a_blob_of_which_a_byte_has_changed_is_damaged_there_and_nowhere_else(blobs: Blobs, tmp_path: Path) -> None:
+    data = os.urandom(3 * BLOCK_BYTES + 7)
+    ref = store(blobs, "x", data)
+    stored = tmp_path / "a" / "b" / "x"
+    for place in (0, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 5, len(data) - 1):
+        with stored.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([data[place] ^ 1]))
+        block = place - place % BLOCK_BYTES
+        with pytest.raises(Damaged, match=f"stored file x is damaged: bytes {block} to "):
+            read(blobs, [ref], 0, len(data))
+        with pytest.raises(Damaged):
+            read(blobs, [ref], place, place + 1)
+        assert read(blobs, [ref], 0, block) == data[:block]
+        assert read(blobs, [ref], block + BLOCK_BYTES, len(data)) == data[block + BLOCK_BYTES :]
+        with stored.open("r+b") as file:
+            file.seek(place)
+            file.write(data[place : place + 1])
+
+
+def test_checksums_are_the_same_however_a_blob_is_written(blobs: Blobs, bed: Bed) -> None:
+    data = bed.rng.randbytes(3 * BLOCK_BYTES)
+    for _ in range(bed.times(small=20, ci=200, long=2000)):
+        end = bed.rng.choice([0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2 * BLOCK_BYTES, len(data)])
+        with blobs.writer("x") as writer:
+            position = 0
+            while position < end:
+                size = bed.rng.choice([1, 600, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2 * BLOCK_BYTES])
+                size = min(size, end - position) if size > 1 or end < 10 else min(997, end - position)
+                writer.write(data[position : position + size])
+                position += size
+            writer.commit()
+        assert read(blobs, [BlobRef("x", end)], 0, end) == data[:end]
 
 
 def test_a_process_may_end_right_after_a_read(tmp_path: Path) -> None:
@@ -178,13 +217,13 @@ def test_an_empty_blob_is_a_blob(blobs: Blobs) -> None:
     assert read(blobs, [store(blobs, "x", b"")], 0, 0) == b""
 
 
-def test_what_an_earlier_run_left_unfinished_is_dropped(tmp_path: Path) -> None:
+def test_what_an_earlier_run_left_unfinished_is_among_the_keys(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
     with blobs.writer("files/kept") as writer:
         writer.write(b"whole")
         writer.commit()
-    interrupted = blobs.writer("files/lost")
-    interrupted.write(b"half")
-    Blobs(tmp_path).drop_unfinished("files")
-    assert [path.name for path in (tmp_path / "files").iterdir()] == ["kept"]
-    interrupted.__exit__(None, None, None)
+    with blobs.writer("files/lost") as interrupted:
+        interrupted.write(b"half")
+        assert sorted(Blobs(tmp_path).keys("files")) == ["files/kept", "files/lost.part"]
+        assert Blobs(tmp_path).folders("") == ["/files"]
+        assert Blobs(tmp_path).keys("nowhere") == []

@@ -81,7 +81,7 @@ async def test_a_crash_after_forgetting_leaves_the_bytes_to_the_next_sweep(world
     file = await add(world, "gone")
     assert await world.files.delete(file.id, ACCOUNT)
     assert world.stored() == {"gone-1", "gone-2"}
-    await Maintenance(Files(world.database), Uploads(world.database), world.blobs, world.clock).sweep()
+    await Maintenance(Files(world.database), Uploads(world.database), world.blobs, world.orphans, world.clock).sweep()
     assert world.stored() == set()
     assert await world.files.removals() == []
 

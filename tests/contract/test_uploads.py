@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from pronghorn.control.maintenance import Maintenance
+from pronghorn.control.orphans import Orphans
 from pronghorn.domain.model import BlobRef, File
 from pronghorn.domain.uploads import Upload, UploadPart, UploadStatus
 from pronghorn.errors import Fenced
@@ -17,6 +18,7 @@ from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.segments import Segments
 from pronghorn.storage.tables import upload_parts
 from pronghorn.storage.uploads import Uploads, digest
 
@@ -47,7 +49,8 @@ class World:
         self.blobs_dir = directory / "blobs"
         self.blobs = Blobs(self.blobs_dir)
         self.clock = FakeClock()
-        self.maintenance = Maintenance(self.files, self.uploads, self.blobs, self.clock)
+        self.orphans = Orphans(Metadata(self.database), self.files, self.blobs, Segments(directory / "segments"))
+        self.maintenance = Maintenance(self.files, self.uploads, self.blobs, self.orphans, self.clock)
 
     async def upload(self, name: str, size: int = 10) -> Upload:
         upload = Upload(
@@ -282,7 +285,7 @@ async def test_maintenance_sweeps_at_once_and_outlives_a_failed_sweep(
             swept.set()
             raise OSError("the disk is gone")
 
-    running = asyncio.create_task(Watched(world.files, world.uploads, world.blobs, world.clock).run())
+    running = asyncio.create_task(Watched(world.files, world.uploads, world.blobs, world.orphans, world.clock).run())
     await swept.wait()
     await asyncio.sleep(0)
     assert not running.done()

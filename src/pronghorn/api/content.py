@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -33,10 +34,10 @@ class Unsatisfiable(RequestError):
         self.headers = {"Content-Range": f"bytes */{size}"}
 
 
-def respond(request: Request, file: File, refs: list[BlobRef], blobs: Blobs) -> Response:
+async def respond(request: Request, file: File, refs: list[BlobRef], blobs: Blobs) -> Response:
     """Return a file's content, or the part that the request's Range asks for.
 
-    Raises Unsatisfiable when the range lies outside the file.
+    Raises Unsatisfiable when the range lies outside the file, Damaged when its first chunk is not what was stored.
     """
     etag = f'"{file.id}"'  # a file never changes
     headers = {
@@ -58,8 +59,23 @@ def respond(request: Request, file: File, refs: list[BlobRef], blobs: Blobs) -> 
     headers["Content-Length"] = str(end - start)
     if request.method == "HEAD":
         return Response(status_code=status, media_type="application/octet-stream", headers=headers)
-    body = blobs.read(refs, start, end)
+    body = await begun(blobs.read(refs, start, end))
     return StreamingResponse(body, status_code=status, media_type="application/octet-stream", headers=headers)
+
+
+async def begun(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Return the same chunks with the first one read: an error that it meets is still answered as one.
+
+    What a later chunk meets can only break the connection off, short of the length that was announced.
+    """
+    first = await anext(chunks, b"")
+
+    async def rest() -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return rest()
 
 
 def parse_range(header: str, size: int) -> Span | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from pronghorn.domain.validation import type_name
-from pronghorn.errors import OutOfSpace, RequestError, StorageFull
+from pronghorn.errors import Damaged, FileDamaged, OutOfSpace, RequestError, StorageFull, is_full
 
 log = logging.getLogger("pronghorn.api")
 
@@ -70,6 +69,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(StorageFull, _full)
+    app.add_exception_handler(Damaged, _damaged)
     app.add_exception_handler(Exception, _bug)
 
 
@@ -117,13 +117,19 @@ def _methods_of(request: Request) -> list[str]:
 
 
 async def _os_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_full(error):
         return await _full(request, error)
     return await _bug(request, error)
 
 
 async def _full(_: Request, __: Exception) -> JSONResponse:
     return envelope(OutOfSpace("The server's disk is full. Try again when there is room.", code="disk_full"))
+
+
+async def _damaged(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s: %s", request.method, request.url.path, error)
+    message = f"The file is not served, because its stored bytes are no longer what was stored: {error}."
+    return envelope(FileDamaged(message, code="file_damaged"))
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:

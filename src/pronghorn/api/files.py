@@ -13,7 +13,7 @@ from pronghorn.api import content, faults, intake, multipart, wire
 from pronghorn.api.auth import caller
 from pronghorn.clock import Clock
 from pronghorn.domain.model import BlobRef, File
-from pronghorn.errors import Conflict, InvalidRequest, NotFound
+from pronghorn.errors import Conflict, InvalidRequest, NotFound, StorageError
 from pronghorn.ids import Ids
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
@@ -39,7 +39,11 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
         now = clock.now()
         expires_at = None if life_s is None else now + life_s
         file = File(file_id, account_id, purpose, filename, writer.bytes, now, expires_at)
-        await files.add(file, [BlobRef(key, writer.bytes)])
+        try:
+            await files.add(file, [BlobRef(key, writer.bytes)])
+        except StorageError:
+            await blobs.delete(key)
+            raise
         return wire.file_object(file)
 
     @router.get("/v1/files")
@@ -91,7 +95,7 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
         file = await find(file_id, account_id)
         if file.purpose not in _DOWNLOADABLE:
             raise InvalidRequest(f"Not allowed to download files of purpose: {file.purpose}")
-        return content.respond(request, file, await files.blobs(file.id), blobs)
+        return await content.respond(request, file, await files.blobs(file.id), blobs)
 
     async def find(file_id: str, account_id: str) -> File:
         file = await files.find(file_id, account_id)

@@ -16,7 +16,7 @@ from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File
 from pronghorn.domain.planning import RawLine, split_lines
 from pronghorn.domain.selection import Selection, select
-from pronghorn.errors import Conflict, InvalidRequest
+from pronghorn.errors import Conflict, InvalidRequest, StorageError
 from pronghorn.ids import Ids
 from pronghorn.limits import MIB
 from pronghorn.storage.blobs import Blobs
@@ -71,11 +71,16 @@ def routes(
         lines = await lines_of(source, line_bytes_max)
         results = await lines_of(errors, RESULT_BYTES_MAX)
         file_id = ids.new("file-")
-        size = await asyncio.to_thread(store, f"files/{file_id}", lines, results, selection)
+        key = f"files/{file_id}"
+        size = await asyncio.to_thread(store, key, lines, results, selection)
         if not size:
             raise InvalidRequest("There is nothing to retry: no failed line has one of these codes or statuses.")
         file = File(file_id, old.account_id, "batch", f"{old.id}_retry.jsonl", size, clock.now())
-        await files.add(file, [BlobRef(f"files/{file_id}", size)])
+        try:
+            await files.add(file, [BlobRef(key, size)])
+        except StorageError:
+            await blobs.delete(key)
+            raise
         return file
 
     async def lines_of(file: File, bytes_max: int) -> Iterable[RawLine]:

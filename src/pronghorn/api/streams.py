@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import StreamingResponse
 
-from pronghorn.api import wire
+from pronghorn.api import content, wire
 from pronghorn.api.auth import caller
 from pronghorn.api.launch import find_batch
 from pronghorn.clock import Clock
@@ -59,7 +59,8 @@ def routes(metadata: Metadata, files: Files, blobs: Blobs, clock: Clock) -> APIR
         file_id = batch.output_file_id if result is Result.OUTPUT else batch.error_file_id
         if file_id is not None and await files.find(file_id, batch.account_id) is None:
             raise NotFound(f"No such File object: {file_id}", param="id")
-        return StreamingResponse(growing(batch, result, offset, follow), media_type="application/x-ndjson")
+        lines = growing(batch, result, offset, follow)
+        return StreamingResponse(lines if follow else await content.begun(lines), media_type="application/x-ndjson")
 
     async def growing(batch: Batch, result: Result, offset: int, follow: bool) -> AsyncIterator[bytes]:
         """Yield the parts of the batch's finished shards up to the first that is not."""

@@ -33,7 +33,7 @@ from pronghorn.domain.model import (
 from pronghorn.errors import UsageError, invariant
 from pronghorn.limits import FILE_CHUNK_BYTES
 from pronghorn.settings import Settings, default_data_dir
-from pronghorn.storage.blobs import sync_directory
+from pronghorn.storage.durable import sync_directory
 from pronghorn.system import System, running
 
 SUCCEEDED, STOPPED, INVALID, SOME_FAILED = 0, 1, 2, 3
@@ -300,6 +300,7 @@ async def _export(system: System, file_id: str | None, target: Path) -> None:
         copy.flush()
         os.fsync(copy.fileno())
     scratch.replace(target)
+    sync_directory(target.parent)
 
 
 def _problems(batch: Batch, path: Path) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pronghorn.domain.model import Replica, ShardKey
 from pronghorn.executors.base import Executor, WorkerLink
+from pronghorn.storage import durable
 from pronghorn.worker.protocol import Configure, LeaveRoom, Order, Ready, Report, Stop, UseReplicas
 
 log = logging.getLogger("pronghorn.crew")
@@ -118,7 +119,8 @@ class CrewMember:
         finally:
             self._link = None
             self.ready = False
-            await link.end()
+            if await link.end() == durable.EXIT_DISK_FAILED:
+                durable.end_process("a worker could not write")
             self._post(Gone(self))
         return worked
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 
 from pronghorn.clock import Clock
+from pronghorn.control.orphans import Orphans
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
 from pronghorn.storage.uploads import Uploads
@@ -23,10 +24,11 @@ SWEEP_INTERVAL_S = 60
 class Maintenance:
     """The one housekeeper of a server."""
 
-    def __init__(self, files: Files, uploads: Uploads, blobs: Blobs, clock: Clock) -> None:
+    def __init__(self, files: Files, uploads: Uploads, blobs: Blobs, orphans: Orphans, clock: Clock) -> None:
         self._files = files
         self._uploads = uploads
         self._blobs = blobs
+        self._orphans: Orphans | None = orphans
         self._clock = clock
 
     async def run(self) -> None:
@@ -39,11 +41,14 @@ class Maintenance:
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def sweep(self) -> None:
-        """End what has run out, then remove every blob that is marked for removal."""
+        """End what has run out, then remove every blob that is marked for removal; at first also what is orphaned."""
         now = self._clock.now()
         await self._uploads.expire(now)
         await self._files.forget_expired(now)
         await self._remove_blobs()
+        if self._orphans is not None:
+            await self._orphans.remove()
+            self._orphans = None
 
     async def _remove_blobs(self) -> None:
         """Remove what is marked; a blob that cannot be removed keeps its mark and holds up no other."""

@@ -23,8 +23,8 @@ class WorkerLink(Protocol):
         """Break the connection, on which a worker ends at once."""
         ...
 
-    async def end(self) -> None:
-        """Make sure that the worker is gone."""
+    async def end(self) -> int | None:
+        """Make sure that the worker is gone, and return its exit status if that is known."""
         ...
 
 

@@ -50,11 +50,11 @@ class ChildLink:
     def hang_up(self) -> None:
         self._writer.close()
 
-    async def end(self) -> None:
+    async def end(self) -> int | None:
         self._writer.close()
         try:
             async with asyncio.timeout(KILL_AFTER_S):
-                await self._process.wait()
+                return await self._process.wait()
         except TimeoutError:
             self._process.kill()
-            await self._process.wait()
+            return await self._process.wait()

@@ -1,4 +1,4 @@
-"""Stored bytes under server-made keys, read by range. A local directory today; obstore speaks S3, GCS and Azure too."""
+"""Stored bytes under server-made keys, read by range and never unchecked: `checksums` follow the content of each."""
 
 from __future__ import annotations
 
@@ -10,40 +10,61 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import obstore
-from obstore.exceptions import BaseError
-from obstore.store import LocalStore
-
 from pronghorn.domain.model import BlobRef
 from pronghorn.errors import Damaged, NotStored, StorageError
-from pronghorn.limits import FILE_CHUNK_BYTES
+from pronghorn.limits import FILE_CHUNK_BYTES, MIB
+from pronghorn.storage import durable
+from pronghorn.storage.checksums import BLOCK_BYTES, CHECKSUM_BYTES, Checksums, blocks_of, first_bad_block
+from pronghorn.storage.room import Room
 
+# How much is written between two looks at the room that is left: far less than the reserve.
+LOOK_AT_ROOM_BYTES = 8 * MIB
 _UNFINISHED = ".part"
 
 
 class BlobWriter:
     """One blob being written: nothing is under its key until `commit` returns, and then it survives a power cut.
 
-    Use it as a context manager: leaving it without `commit` leaves nothing behind. Calls block.
+    Use it as a context manager: leaving it without `commit` leaves nothing behind. `bytes` is the content's length.
+    Calls block, and raise StorageFull or an OSError that `errors.is_full` knows when there is no room.
     """
 
-    def __init__(self, path: Path) -> None:
-        make_directory(path.parent)
+    def __init__(self, path: Path, room: Room | None = None) -> None:
+        self._room = room
+        self._look_at = 0
+        self._look_at_room()
+        durable.make_directory(path.parent)
         self._path = path
         self._unfinished = path.with_name(path.name + _UNFINISHED)
         self._file: BinaryIO = self._unfinished.open("wb", buffering=FILE_CHUNK_BYTES)
+        self._checksums = Checksums()
         self.bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            durable.refused(error, self._unfinished)
+        self._checksums.add(data)
         self.bytes += len(data)
+        if self.bytes >= self._look_at:
+            self._look_at_room()
+            self._look_at = self.bytes + LOOK_AT_ROOM_BYTES
 
     def commit(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(self._checksums.trailer())
+            self._file.flush()
+        except OSError as error:
+            durable.refused(error, self._unfinished)
+        durable.sync_file(self._file.fileno(), self._unfinished)
         self._file.close()
         self._unfinished.rename(self._path)
-        sync_directory(self._path.parent)
+        durable.sync_directory(self._path.parent)
+
+    def _look_at_room(self) -> None:
+        if self._room is not None:
+            self._room.require()
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -51,86 +72,84 @@ class BlobWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is still buffered may find no room, and is not wanted
+            self._file.close()
         self._unfinished.unlink(missing_ok=True)
 
 
 class Blobs:
-    """The blobs below one directory.
+    """The blobs below one directory; given a room, writers leave its reserve alone."""
 
-    Reads run on our threads, not on obstore's own: those abort a process that ends just after one
-    (PyO3/pyo3-async-runtimes#40).
-    """
-
-    def __init__(self, directory: Path) -> None:
-        make_directory(directory)
+    def __init__(self, directory: Path, room: Room | None = None) -> None:
+        durable.make_directory(directory)
         self._directory = directory
-        self._store = LocalStore(directory)
+        self._room = room
 
     def writer(self, key: str) -> BlobWriter:
         """Start a new blob; it replaces one that is already under the key."""
-        return BlobWriter(self._directory / key)
+        return BlobWriter(self._directory / key, self._room)
 
     async def read(self, blobs: Sequence[BlobRef], start: int, end: int) -> AsyncIterator[bytes]:
         """Yield bytes `start` to `end` of the blobs laid end to end, in chunks of at most FILE_CHUNK_BYTES.
 
-        Raises NotStored when a blob is gone, Damaged when it is shorter than it was, StorageError when it cannot be
+        Raises NotStored when a blob is gone, Damaged when it is not what was written, StorageError when it cannot be
         read.
         """
-        for key, first, last in _ranges(blobs, start, end):
-            yield await asyncio.to_thread(self._get, key, first, last)
+        for blob, first, last in _ranges(blobs, start, end):
+            yield await asyncio.to_thread(self._get, blob, first, last)
 
     def read_blocking(self, blobs: Sequence[BlobRef], start: int, end: int) -> Iterator[bytes]:
         """Do what `read` does, for a thread that works on whole files."""
-        for key, first, last in _ranges(blobs, start, end):
-            yield self._get(key, first, last)
+        for blob, first, last in _ranges(blobs, start, end):
+            yield self._get(blob, first, last)
 
-    def drop_unfinished(self, folder: str) -> None:
-        """Remove what writers of an earlier run left unfinished below a folder; call it before there are new ones."""
-        for path in (self._directory / folder).glob(f"*{_UNFINISHED}"):
-            path.unlink()
+    def keys(self, folder: str) -> list[str]:
+        """Return the keys directly below a folder, those of blobs that writers have left unfinished included."""
+        return [f"{folder}/{path.name}" for path in self._below(folder) if not path.is_dir()]
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the folders directly below a folder."""
+        return [f"{folder}/{path.name}" for path in self._below(folder) if path.is_dir()]
+
+    def _below(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory / folder) as entries:
+            yield from entries
 
     async def delete(self, key: str) -> None:
         """Remove a blob and what an interrupted writer left of it; what is not there is already removed."""
         for name in (key, key + _UNFINISHED):
-            with contextlib.suppress(FileNotFoundError):
-                await asyncio.to_thread(obstore.delete, self._store, name)
+            await asyncio.to_thread((self._directory / name).unlink, missing_ok=True)
 
-    def _get(self, key: str, first: int, last: int) -> bytes:
+    def _get(self, blob: BlobRef, first: int, last: int) -> bytes:
+        """Return a range, read and checked as the whole blocks that it touches."""
+        first_block, end_block = blocks_of(first, last)
+        start, end = first_block * BLOCK_BYTES, min(end_block * BLOCK_BYTES, blob.bytes)
+        checksums_at = blob.bytes + first_block * CHECKSUM_BYTES
+        checksums_bytes = (end_block - first_block) * CHECKSUM_BYTES
         try:
-            data = bytes(self._store.get_range(key, start=first, end=last))
+            with (self._directory / blob.key).open("rb", buffering=0) as file:
+                content = os.pread(file.fileno(), end - start, start)
+                checksums = os.pread(file.fileno(), checksums_bytes, checksums_at)
         except FileNotFoundError as error:
-            raise NotStored(f"stored file {key} is gone") from error
-        except BaseError as error:
-            raise StorageError(f"stored file {key} cannot be read: {str(error).splitlines()[0]}") from error
-        if len(data) != last - first:
-            raise Damaged(f"stored file {key} ends before byte {last}")
-        return data
+            raise NotStored(f"stored file {blob.key} is gone") from error
+        except OSError as error:
+            raise StorageError(f"stored file {blob.key} cannot be read: {error.strerror}") from error
+        if len(content) != end - start or len(checksums) != checksums_bytes:
+            raise Damaged(f"stored file {blob.key} is damaged: its end is missing")
+        if (bad := first_bad_block(memoryview(content), checksums)) is not None:
+            place = start + bad * BLOCK_BYTES
+            raise Damaged(f"stored file {blob.key} is damaged: bytes {place} to {place + BLOCK_BYTES} have changed")
+        return content if (start, end) == (first, last) else content[first - start : last - start]
 
 
-def make_directory(directory: Path) -> None:
-    """Create a directory and its missing parents so that their names survive a power cut."""
-    if not directory.is_dir():
-        make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
-        sync_directory(directory.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _ranges(blobs: Sequence[BlobRef], start: int, end: int) -> Iterator[tuple[str, int, int]]:
+def _ranges(blobs: Sequence[BlobRef], start: int, end: int) -> Iterator[tuple[BlobRef, int, int]]:
     offset = 0
     for blob in blobs:
-        first, last = max(start - offset, 0), min(end - offset, blob.bytes)
-        for position in range(first, last, FILE_CHUNK_BYTES):
-            yield blob.key, position, min(position + FILE_CHUNK_BYTES, last)
+        position, last = max(start - offset, 0), min(end - offset, blob.bytes)
+        while position < last:
+            chunk_end = min(position - position % FILE_CHUNK_BYTES + FILE_CHUNK_BYTES, last)
+            yield blob, position, chunk_end
+            position = chunk_end
         offset += blob.bytes
         if offset >= end:
             return

@@ -8,6 +8,9 @@ connections of their own that can neither write nor checkpoint.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +19,23 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from pronghorn.errors import StorageError, StorageFull
+from pronghorn.limits import KIB
+from pronghorn.storage import durable
 
 Result = TypeVar("Result")
 
 READERS = 4
+CHECKPOINT_PAGES = 1000
+LOG_BYTES = CHECKPOINT_PAGES * (4 * KIB + 24)
+# SQLite's result codes; the low byte of an extended one is the primary one. The shared memory beside the log is the
+# first thing that does not fit on a full disk.
+_PRIMARY_CODE = 0xFF
+_FULL = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
+_BROKEN = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 BUSY_TIMEOUT_S = 30
 
 
@@ -33,6 +45,7 @@ class Database:
     def __init__(self, url: sa.URL) -> None:
         self._write_engine = _engine(url, writes=True)
         self._migrate()
+        _keep_room_for_log(Path(f"{url.database}-wal"))
         self._read_engine = _engine(url, writes=False)
         self._writer = ThreadPoolExecutor(1, "database-writer")
         self._readers = ThreadPoolExecutor(READERS, "database-reader")
@@ -62,9 +75,8 @@ class Database:
             try:
                 with engine.begin() as connection:
                     return body(connection)
-            except OperationalError as error:
-                kind = StorageFull if "full" in str(error.orig) else StorageError
-                raise kind(f"the database refuses: {error.orig}") from error
+            except DatabaseError as error:
+                raise _refusal(error) from error
 
         return await asyncio.get_running_loop().run_in_executor(threads, transaction)
 
@@ -74,6 +86,27 @@ class Database:
         with self._write_engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+def _keep_room_for_log(log: Path) -> None:
+    """Take the disk space that SQLite's log grows to anyway, so that a full disk still lets a batch say why it waits.
+
+    A log that is longer than what is in it is what every checkpoint leaves, and SQLite writes over the rest.
+    """
+    with contextlib.suppress(OSError, AttributeError), log.open("r+b") as file:  # neither everywhere nor on a full disk
+        os.posix_fallocate(file.fileno(), 0, LOG_BYTES)
+
+
+def _refusal(error: DatabaseError) -> Exception:
+    """Return what a failed transaction means; a database that can't be trusted any more ends the process."""
+    code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_OK)
+    if code in _FULL:
+        return StorageFull("the database has no room on its disk")
+    if code & _PRIMARY_CODE in _BROKEN:
+        durable.end_process(f"the database cannot be used: {error.orig}")
+    if isinstance(error, OperationalError):
+        return StorageError(f"the database refuses: {error.orig}")
+    return error
 
 
 def _engine(url: sa.URL, *, writes: bool) -> sa.Engine:
@@ -97,4 +130,4 @@ def _engine(url: sa.URL, *, writes: bool) -> sa.Engine:
 def _pragmas(writes: bool) -> list[str]:
     if not writes:
         return ["query_only=ON", "wal_autocheckpoint=0"]
-    return ["journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=1000"]
+    return ["journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"wal_autocheckpoint={CHECKPOINT_PAGES}"]

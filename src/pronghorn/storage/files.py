@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import BlobRef, File
 from pronghorn.storage.database import Database
-from pronghorn.storage.tables import batches, blob_removals, file_blobs, files
+from pronghorn.storage.tables import batches, blob_removals, file_blobs, files, upload_parts
 
 # Removals handled in one go; a deleted output may have thousands of parts.
 REMOVALS_MAX = 1000
@@ -88,6 +88,12 @@ class Files:
         """Return keys of blobs to remove from storage, up to a bound, in the order of keys after the first `skip`."""
         query = sa.select(blob_removals.c.key).order_by(blob_removals.c.key).offset(skip).limit(REMOVALS_MAX)
         return list(await self._database.read(lambda c: c.scalars(query).all()))
+
+    async def named(self, keys: Sequence[str]) -> set[str]:
+        """Return those of the keys under which a blob belongs to something, or waits to be removed."""
+        columns = (file_blobs.c.key, upload_parts.c.key, blob_removals.c.key)
+        query = sa.union_all(*(sa.select(column).where(column.in_(keys)) for column in columns))
+        return set(await self._database.read(lambda c: c.scalars(query).all()))
 
     async def removed(self, keys: Sequence[str]) -> None:
         """Note that blobs are gone from storage."""

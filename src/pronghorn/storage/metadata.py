@@ -150,6 +150,12 @@ class Metadata:
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
         return [_batch(row) for row in rows]
 
+    async def has_ended(self, batch_id: str) -> bool:
+        """Tell whether a batch is over, or never was."""
+        query = sa.select(batches.c.status).where(batches.c.id == batch_id)
+        status = await self._database.read(lambda c: c.scalar(query))
+        return status is None or BatchStatus(status) in TERMINAL
+
     async def advance(
         self,
         batch: Batch,

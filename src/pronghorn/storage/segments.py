@@ -3,10 +3,14 @@
 A record is a header (payload length, CRC32 of the payload, both little-endian 32-bit) and a payload: the line's
 number, its fate, its tokens, then the line as it goes into the result file. A crash can only tear the tail: reading
 stops at the first record that is short or whose checksum is wrong, and the lines after it are simply run again.
+
+Appending after a torn tail would destroy the next record too: a writer that finds no room cuts its file back to the
+last whole record, keeps the rest, and writes it when there is room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import struct
@@ -16,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pronghorn.domain.model import ShardKey, Tally, Usage
-from pronghorn.storage.blobs import make_directory, sync_directory
+from pronghorn.errors import Damaged
+from pronghorn.storage import durable
 
 _HEADER = struct.Struct("<II")
 _OUTCOME = struct.Struct("<QBIIII")
@@ -69,12 +74,17 @@ class SegmentWriter:
     """Appends records in three steps: held, written (survives this process), synced (survives a power cut)."""
 
     def __init__(self, path: Path) -> None:
-        make_directory(path.parent)
+        durable.make_directory(path.parent)
         self.path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        sync_directory(path.parent)
+        durable.sync_directory(path.parent)
         self._held: list[bytes] = []
         self._end = 0
+        self._written = 0
+
+    @property
+    def all_written(self) -> bool:
+        return not self._held
 
     def append(self, outcome: Outcome) -> Place:
         """Hold a record for the next `write`, and return where its result will lie."""
@@ -87,19 +97,26 @@ class SegmentWriter:
     def write(self) -> None:
         """Hand the held records to the operating system.
 
-        Raises OSError; after one the file's end is unknown and only a new process may go on.
+        Raises OSError when the disk is full; then they are still held, and what was written of them is cut off again.
+        Any other error ends the process.
         """
         view = memoryview(b"".join(self._held))
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            self._cut_back()
+            durable.refused(error, self.path)
         self._held.clear()
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        self._written = self._end
 
     def sync(self) -> None:
-        """Wait until what was written is on disk; blocks.
+        """Wait until what was written is on disk; blocks. An error other than a full disk ends the process."""
+        durable.sync_file(self._descriptor, self.path)
 
-        Raises OSError; after one the page cache can no longer be trusted and only a new process may go on.
-        """
-        os.fdatasync(self._descriptor)
+    def _cut_back(self) -> None:
+        os.ftruncate(self._descriptor, self._written)
+        os.lseek(self._descriptor, self._written, os.SEEK_SET)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -128,6 +145,10 @@ class Segments:
         """Remove every segment of a shard, once its commit is durable."""
         for path in self._directory.glob(f"{key.batch_id}/{key.position}-*.segment"):
             path.unlink(missing_ok=True)
+
+    def batches(self) -> list[str]:
+        """Return the ids of the batches that have segments."""
+        return [path.name for path in self._directory.iterdir()] if self._directory.is_dir() else []
 
     def discard_batch(self, batch_id: str) -> None:
         """Remove what is left of a batch that has ended."""
@@ -166,6 +187,26 @@ def tally(places: Iterable[Place]) -> Tally:
     for place in places:
         counter.add(place.fate, place.usage)
     return counter.tally()
+
+
+def read(places: Iterable[Place]) -> Iterator[bytes]:
+    """Yield the results that lie at the places.
+
+    Raises Damaged when one is not what was recorded.
+    """
+    with contextlib.ExitStack() as files:
+        descriptors: dict[Path, int] = {}
+        for place in places:
+            if place.segment not in descriptors:
+                descriptors[place.segment] = files.enter_context(place.segment.open("rb", buffering=0)).fileno()
+            before = _HEADER.size + _OUTCOME.size
+            record = os.pread(descriptors[place.segment], before + place.length, place.offset - before)
+            if (
+                len(record) != before + place.length
+                or zlib.crc32(record[_HEADER.size :]) != _HEADER.unpack_from(record)[1]
+            ):
+                raise Damaged(f"the outcomes in {place.segment} have changed at byte {place.offset}")
+            yield record[before:]
 
 
 def _read_segment(path: Path) -> Iterator[tuple[int, Place]]:

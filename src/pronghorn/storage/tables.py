@@ -106,6 +106,7 @@ file_blobs = Table(
     Column("key", Text, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     PrimaryKeyConstraint("file_id", "position"),
+    Index(None, "key"),
 )
 
 # Blobs that no file names any more: they are removed from storage, then from here, so a crash forgets none.
@@ -253,7 +254,7 @@ upload_parts = Table(
     Column("id", String(64), primary_key=True),
     Column("upload_id", ForeignKey("uploads.id"), nullable=False, index=True),
     Column("account_id", ForeignKey("accounts.id"), nullable=False),
-    Column("key", Text, nullable=False),
+    Column("key", Text, nullable=False, index=True),
     Column("bytes", BigInteger),
     Column("created_at", BigInteger, nullable=False),
 )

@@ -20,6 +20,7 @@ import uvloop
 
 from pronghorn.clock import SystemClock
 from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Segments
 from pronghorn.worker import framing
 from pronghorn.worker.dispatch import Dispatcher
@@ -39,6 +40,7 @@ async def work(channel: socket.socket) -> None:
         config,
         blobs=Blobs(Path(config.blobs_dir)),
         segments=Segments(Path(config.segments_dir)),
+        room=Room(Path(config.blobs_dir)),
         clock=SystemClock(),
         rng=random.Random(),
         report=lambda report: framing.send(writer, report),

@@ -24,9 +24,10 @@ from pronghorn.domain.breaker import Breaker
 from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX, Casualty
 from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
 from pronghorn.engines.client import EngineClient, Timeouts
-from pronghorn.errors import StorageError, unreachable
+from pronghorn.errors import Damaged, StorageError, is_full, unreachable
 from pronghorn.limits import KIB, MIB
 from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
 from pronghorn.worker import results
 from pronghorn.worker.lane import Absence, Lane
@@ -36,6 +37,7 @@ from pronghorn.worker.protocol import (
     Configure,
     Done,
     Moved,
+    Paused,
     Report,
     Sent,
     ShardProgress,
@@ -56,6 +58,7 @@ CANCELLING_S_MAX = 600.0
 # A deadline is a deadline; an answer that is almost there is still worth a moment.
 EXPIRING_S_MAX = 10.0
 
+DISK_FULL = "the disk is full: outcomes wait in memory until there is room"
 CRASHES = retry.Failure(
     "upstream_crash_suspected", f"The engine died {ALONE_DEATHS_MAX} times while it ran this line and no other."
 )
@@ -91,10 +94,6 @@ def _way(replica: Replica) -> tuple[str, str | None, int | None]:
     return replica.base_url, replica.api_key_env, replica.window
 
 
-def _refusal(error: OSError) -> str:
-    return f"the disk refuses to store outcomes: {error.strerror}"
-
-
 class Dispatcher:
     """Runs shards against engine replicas and reports what becomes of them."""
 
@@ -104,6 +103,7 @@ class Dispatcher:
         *,
         blobs: Blobs,
         segments: Segments,
+        room: Room,
         clock: Clock,
         rng: random.Random,
         report: Callable[[Report], None],
@@ -112,6 +112,7 @@ class Dispatcher:
         self._config = config
         self._blobs = blobs
         self._segments = segments
+        self._room = room
         self._clock = clock
         self._report = report
         self._lanes: list[Lane] = []
@@ -127,7 +128,7 @@ class Dispatcher:
         self._committing = asyncio.Lock()
         self._undurable_bytes = 0
         self._writing = False
-        self._disk_error: OSError | None = None
+        self._full: str | None = None
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
         self._drained = asyncio.Event()
@@ -212,7 +213,7 @@ class Dispatcher:
 
     def fill(self) -> None:
         """Send ready lines, oldest shard first, while a replica that answers them has room."""
-        if self._stopping or self._undurable_bytes > UNDURABLE_BYTES_MAX:
+        if self._stopping or self._full is not None or self._undurable_bytes > UNDURABLE_BYTES_MAX:
             return
         now = self._clock.monotonic()
         if self._suspects or self._kept_clear is not None:
@@ -457,8 +458,8 @@ class Dispatcher:
         self._report(Broken(run.key, run.shard.epoch, reason))
 
     async def _finish(self, run: ShardRun, segment: SegmentWriter) -> None:
-        segment.close()
         result = await asyncio.to_thread(results.write_parts, run.shard, run.places, self._blobs)
+        segment.close()
         del self._runs[run.key]
         self._report(Done(run.key, run.shard.epoch, result))
 
@@ -473,46 +474,56 @@ class Dispatcher:
     def _write(self) -> None:
         """Hand what was recorded in this turn of the loop to the operating system: it survives our death now."""
         self._writing = False
-        for run in list(self._runs.values()):
+        for run in self._runs.values():
             if run.segment is not None:
                 try:
                     run.segment.write()
-                except OSError as error:
-                    self._disk_error = self._disk_error or error
-                    self._drop(run, _refusal(error))
+                except OSError:
+                    self._full = DISK_FULL
         self._dirty.set()
 
     async def _commit(self) -> None:
-        """Wait for the disk once for all that is written, then finish the shards that are complete."""
+        """Wait for the disk once for all that is written, then finish the shards that are complete.
+
+        What finds no room stays in memory, and nothing more is sent until there is some.
+        """
         async with self._committing:
             self._write()
             self._dirty.clear()
-            if self._disk_error is not None:
-                raise self._disk_error
-            self._undurable_bytes = 0
+            if self._full is None:
+                self._undurable_bytes = 0
             groups = [(run, run.segment, run.counter.tally(), run.complete) for run in self._runs.values()]
             for run, segment, tally, complete in groups:
                 if (
                     self._runs.get(run.key) is not run
                     or segment is None
-                    or run.finished
+                    or not segment.all_written
                     or (tally == run.durable and not complete)
                 ):
                     continue
                 try:
                     await asyncio.to_thread(segment.sync)
-                    run.durable, run.moved, run.finished = tally, True, complete
+                    run.durable, run.moved = tally, True
                     if complete:
                         await self._finish(run, segment)
+                except Damaged as error:
+                    self._drop(run, str(error))
                 except OSError as error:
-                    self._drop(run, _refusal(error))
-                    raise
+                    if not is_full(error):
+                        raise
+                    self._full = DISK_FULL
         self.fill()
 
     async def _progress_loop(self) -> None:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
+            self._look_at_room()
             self._report_progress()
+
+    def _look_at_room(self) -> None:
+        was_full, self._full = self._full, self._room.shortage()
+        if was_full is not None:
+            self._dirty.set()
 
     def _report_progress(self) -> None:
         moved = [run for run in self._runs.values() if run.moved]
@@ -521,7 +532,10 @@ class Dispatcher:
         shards = [ShardProgress(run.key, run.shard.epoch, run.durable) for run in moved]
         for lane in self._lanes:
             self._triage.watch(lane)
-        self._report(Moved(shards, [paused for lane in self._lanes for paused in lane.paused()]))
+        self._report(Moved(shards, [paused for lane in self._lanes for paused in self._paused(lane)]))
+
+    def _paused(self, lane: Lane) -> list[Paused]:
+        return lane.paused() if self._full is None else [Paused(lane.replica.base_url, None, self._full)]
 
     # Plumbing
 

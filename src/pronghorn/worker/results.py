@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -12,6 +10,7 @@ from pronghorn.domain import causes
 from pronghorn.domain.answers import Answer
 from pronghorn.domain.model import BlobRef, Closing, Reject, Shard, ShardResult
 from pronghorn.ids import line_id
+from pronghorn.storage import segments
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.segments import Fate, Place, tally
 
@@ -72,9 +71,9 @@ def write_parts(shard: Shard, places: Mapping[int, Place], blobs: Blobs) -> Shar
     completed = [places[line] for line in sorted(places) if places[line].fate is Fate.COMPLETED]
     others = [places[line] for line in sorted(places) if places[line].fate is not Fate.COMPLETED]
     stem = f"batches/{shard.key.batch_id}/{shard.key.position}-{shard.epoch}"
-    output = _write_part(f"{stem}.output", _read(completed), blobs)
-    errors = _write_part(f"{stem}.errors", _read(others), blobs)
-    found = causes.merge(causes.cause_of(result) for result in _read(others))
+    output = _write_part(f"{stem}.output", segments.read(completed), blobs)
+    errors = _write_part(f"{stem}.errors", segments.read(others), blobs)
+    found = causes.merge(causes.cause_of(result) for result in segments.read(others))
     return ShardResult(output, errors, tally(places.values()), found)
 
 
@@ -88,19 +87,6 @@ def _write_part(key: str, results: Iterator[bytes], blobs: Blobs) -> BlobRef | N
             writer.write(result)
         writer.commit()
         return BlobRef(key, writer.bytes)
-
-
-def _read(places: list[Place]) -> Iterator[bytes]:
-    """Yield the results that lie at the places."""
-    descriptors: dict[Path, int] = {}
-    try:
-        for place in places:
-            if place.segment not in descriptors:
-                descriptors[place.segment] = os.open(place.segment, os.O_RDONLY | os.O_CLOEXEC)
-            yield os.pread(descriptors[place.segment], place.length, place.offset)
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
 
 
 def _one_line_body(answer: Answer) -> bytes:

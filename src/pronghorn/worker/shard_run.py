@@ -90,7 +90,6 @@ class ShardRun:
         self.durable = Tally()
         self.moved = True
         self.sent = False
-        self.finished = False
         self.segment: SegmentWriter | None = None
         self._lines_read = 0
         self._segments = segments
