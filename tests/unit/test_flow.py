@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -70,47 +71,70 @@ def test_a_window_grows_again_when_the_engine_has_more_room() -> None:
     assert window.limit >= 200 > before
 
 
-def test_congestion_shrinks_the_window_once_for_all_lines_that_were_in_flight_together() -> None:
+class RefusingEngine:
+    """An engine that refuses what is above its capacity, or a share of all lines whatever their number."""
+
+    def __init__(self, *, capacity: int = 10**9, share: float = 0.0) -> None:
+        self._capacity = capacity
+        self._share = share
+        self._rng = random.Random(7)
+        self.now = 0.0
+
+    def answer(self, window: Window, rounds: int) -> list[int]:
+        """Answer full windows, each a second after it was sent; return the limits that there were."""
+        limits = []
+        for _ in range(rounds):
+            limit, sent_at = window.limit, self.now
+            limits.append(limit)
+            self.now += 1
+            over = self._rng.sample([n >= self._capacity for n in range(limit)], limit)
+            for is_over in over:
+                refused = is_over or self._rng.random() < self._share
+                window.answered(self.now, limit, sent_at=sent_at, refused=refused)
+        return limits
+
+
+def test_refusals_shrink_the_window_once_for_all_lines_that_were_in_flight_together() -> None:
     window = Window()
-    for _ in range(10):
-        window.congested(100.0, latency_s=5.0)
+    for _ in range(100):
+        window.answered(1.0, 100, sent_at=0.0, refused=True)
     assert window.limit == int(WINDOW_INITIAL * DECREASE)
-    window.congested(104.0, latency_s=5.0)
-    assert window.limit == int(WINDOW_INITIAL * DECREASE)
-    window.congested(105.0, latency_s=5.0)
-    assert window.limit == int(int(WINDOW_INITIAL * DECREASE) * DECREASE)
+
+
+@pytest.mark.parametrize("capacity", [4, 30, 200])
+def test_a_window_above_what_an_engine_takes_shrinks_to_about_that(capacity: int) -> None:
+    window = Window()
+    engine = SlotEngine(10**9)
+    while window.limit <= 2 * capacity:
+        engine.answer(window, 40)
+    limits = RefusingEngine(capacity=capacity).answer(window, 400)
+    assert all(DECREASE * capacity <= limit <= 1.6 * capacity + 8 for limit in limits[200:])
+
+
+@pytest.mark.parametrize("share", [0.02, 0.08, 0.2])
+def test_refusals_that_do_not_come_from_its_size_leave_a_window_large(share: float) -> None:
+    limits = RefusingEngine(share=share).answer(Window(), 1000)
+    assert min(limits[500:]) >= WINDOW_INITIAL
 
 
 def test_a_window_lets_at_least_one_line_through() -> None:
     window = Window()
-    for second in range(100):
-        window.congested(float(second), latency_s=0.5)
-    assert window.limit == 1
-
-
-def test_congestion_ends_the_doubling() -> None:
-    window, engine = Window(), SlotEngine(10_000)
-    engine.answer(window, 100)
-    window.congested(engine.now, latency_s=1.0)
-    shrunk = window.limit
-    assert all(after <= round(before * HEADROOM) for before, after in pairwise(engine.answer(window, 3000)))
-    assert window.limit > shrunk
+    limits = RefusingEngine(share=1.0).answer(window, 1000)
+    assert limits[-1] == window.limit == 1
 
 
 def test_a_window_that_the_engine_states_never_moves() -> None:
     window = Window(fixed=4)
-    window.congested(1.0, latency_s=0.1)
+    for _ in range(100):
+        window.answered(1.0, 4, refused=True)
     assert SlotEngine(100).answer(window, 1000) == [4]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 10), st.integers(0, 5000)), max_size=300))
 def test_a_window_keeps_its_bounds_whatever_comes(events: list[tuple[bool, float, int]]) -> None:
     window, now = Window(), 0.0
-    for congested, wait, in_flight in events:
-        now += wait
-        if congested:
-            window.congested(now, wait)
-        else:
-            for _ in range(20):
-                window.answered(now, in_flight)
+    for refused, wait, in_flight in events:
+        sent_at, now = now, now + wait
+        for _ in range(20):
+            window.answered(now, in_flight, sent_at=sent_at, refused=refused)
         assert 1 <= window.limit <= WINDOW_MAX

@@ -2,10 +2,13 @@
 
 Minimum-latency methods fail on language models, because the length of an answer, not queueing, sets its latency.
 Throughput is what counts: the window doubles while that pays, holds a little above the knee, tries a little more
-now and then, and shrinks only on evidence of overload (429, 503, timeouts), never on a dip in throughput.
+now and then, and shrinks only on evidence of overload (429, 503, timeouts), never on a dip in throughput. Where
+shrinking does not make such answers rarer, they have another cause, and the window is given back.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 WINDOW_INITIAL = 16
 # Far above what one engine runs at once (vLLM's default is 256 to 1024); it bounds the worker's memory.
@@ -16,6 +19,26 @@ FLAT_ROUNDS_MAX = 2
 HEADROOM = 1.25
 ROUNDS_BETWEEN_TRIALS = 4
 DECREASE = 0.7
+# So many refusals are weighed at once: fewer say too little about how frequent they are.
+REFUSALS_WEIGHED = 8
+# From this share of all answers on, refusals are overload, whatever shrinking has done so far.
+REFUSED_SHARE_MAX = 0.5
+# Below what was not refused before, refusals that came from the window's size all but vanish; the rest is chance.
+REMAINING_SHARE = 0.3
+ABOVE_USUAL = 2.0
+
+
+class _Shrunk(NamedTuple):
+    """What was so before the window began to shrink: its limit, whether it was doubling, the share of refusals."""
+
+    limit: int
+    doubling: bool
+    share: float
+
+    def came_anyway(self, limit: int, share: float) -> bool:
+        """Tell from the share that is left at a smaller limit that refusals have another cause than the window."""
+        low_enough = limit <= self.limit * (1 - self.share)
+        return low_enough and self.share * REMAINING_SHARE < share <= REFUSED_SHARE_MAX
 
 
 class Window:
@@ -33,15 +56,21 @@ class Window:
         self._before_trial: int | None = None
         self._best_rate = 0.0
         self._knee = self.limit
-        self._decreased_at = float("-inf")
+        self._shrunk: _Shrunk | None = None
+        self._shrunk_at = float("-inf")
+        self._weighed = 0
+        self._refused = 0
+        self._usual_share = 0.0
         self._answers = 0
         self._saturated = 0
         self._round_started: float | None = None
 
-    def answered(self, now: float, in_flight: int) -> None:
-        """Count an answer; `in_flight` includes it."""
+    def answered(self, now: float, in_flight: int, *, sent_at: float = 0.0, refused: bool = False) -> None:
+        """Count an answer; `in_flight` includes it, and `refused` tells that it shows overload."""
         if self._fixed:
             return
+        if sent_at >= self._shrunk_at:  # lines sent before know nothing of the smaller window
+            self._weigh(now, refused)
         if self._round_started is None:
             self._start_round(now)
             return
@@ -50,14 +79,30 @@ class Window:
         if self._answers >= max(ROUND_LINES_MIN, self.limit):
             self._end_round(now)
 
-    def congested(self, now: float, latency_s: float) -> None:
-        """Shrink, once for all the lines that were in flight together: `latency_s` is how long this one took."""
-        if self._fixed or now - self._decreased_at < latency_s:
+    def _weigh(self, now: float, refused: bool) -> None:
+        self._weighed += 1
+        self._refused += refused
+        if self._refused < REFUSALS_WEIGHED:
             return
-        self._decreased_at = now
-        self._doubling = False
+        share = self._refused / self._weighed
+        self._weighed = self._refused = 0
+        if share <= min(REFUSED_SHARE_MAX, self._usual_share * ABOVE_USUAL):
+            self._usual_share += (share - self._usual_share) / 4
+            self._shrunk = None
+        elif self._shrunk is not None and self._shrunk.came_anyway(self.limit, share):
+            self._usual_share = max(self._usual_share, share)
+            self._set_back(now, self._shrunk.limit, doubling=self._shrunk.doubling)
+            self._shrunk = None
+        else:
+            if self._shrunk is None or share <= self._shrunk.share * REMAINING_SHARE:
+                self._shrunk = _Shrunk(self.limit, self._doubling, share)
+            self._shrunk_at = now
+            self._set_back(now, max(1, int(self.limit * DECREASE)), doubling=False)
+
+    def _set_back(self, now: float, limit: int, *, doubling: bool) -> None:
+        self._knee = self.limit = limit
+        self._doubling = doubling
         self._before_trial = None
-        self._knee = self.limit = max(1, int(self.limit * DECREASE))
         self._best_rate = 0.0
         self._start_round(now)
 

@@ -259,9 +259,8 @@ class Dispatcher:
         absent_s = lane.absent_s(now, run.model) if lane.absent else 0.0
         effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
         verdict = retry.judge(answer, run.endpoint, effort, self._clock.now(), self._patience)
-        lane.window.answered(now, lane.in_flight + lane.live)
-        if retry.shows_overload(answer):
-            lane.window.congested(now, now - sent_at)
+        refused = retry.shows_overload(answer)
+        lane.window.answered(now, lane.in_flight + lane.live, sent_at=sent_at, refused=refused)
         lane.in_flight -= 1
         lane.quiet_since = now
         line.call = None
@@ -366,7 +365,7 @@ class Dispatcher:
         if lost.hung and not alive:
             line.charged -= 1
             self._requeue(line)
-        elif not lost.hung and (died or line.alone):
+        elif not lost.hung and died:
             line.charged -= 1
             line.deaths += 1
             line.alone_deaths += line.alone
