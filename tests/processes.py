@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,36 @@ class ScriptedProcess(Process):
     def ledger(self) -> dict[str, Any]:
         origin = self.base_url.removesuffix("/v1")
         return dict(httpx2.get(f"{origin}/scripted/ledger").json())
+
+
+@contextmanager
+def restarted(log: Path, **settings: object) -> Iterator[tuple[ScriptedProcess, list[int]]]:
+    """Run a scripted engine that is started again on its port whenever it ends; the list grows by one each time."""
+    deaths: list[int] = []
+    over = False
+    engine = running = ScriptedProcess(log, **settings)
+    port = int(engine.base_url.removesuffix("/v1").rsplit(":", 1)[1])
+    changing = threading.Lock()
+
+    def keep_running() -> None:
+        nonlocal running
+        while True:
+            status = running.wait()
+            with changing:
+                if over:
+                    return
+                deaths.append(status)
+                running = ScriptedProcess(log, port=port, **settings)
+
+    keeper = threading.Thread(target=keep_running, daemon=True)
+    keeper.start()
+    try:
+        yield engine, deaths
+    finally:
+        with changing:
+            over = True
+            running.kill()
+        keeper.join()
 
 
 def alive(pid: int) -> bool:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.faults.test_kill import batch_input, check_output
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, restarted
 
 LINES = 40
 
@@ -52,35 +49,6 @@ def errors_of(server: Server, batch: dict[str, Any]) -> dict[str, dict[str, Any]
 
 def reason_of(batch: dict[str, Any]) -> str:
     return str((batch["progress"] or {}).get("reason"))
-
-
-@contextmanager
-def restarted(log: Path, **settings: object) -> Iterator[tuple[ScriptedProcess, list[int]]]:
-    """Run a scripted engine that is started again on its port whenever it ends; the list grows by one each time."""
-    deaths: list[int] = []
-    over = threading.Event()
-    engine = ScriptedProcess(log, **settings)
-    port = int(engine.base_url.removesuffix("/v1").rsplit(":", 1)[1])
-
-    def keep_running() -> None:
-        running = engine
-        while True:
-            status = running.wait()
-            if over.is_set():
-                return
-            deaths.append(status)
-            running = ScriptedProcess(log, port=port, **settings)
-            pids.append(running.pid)
-
-    pids = [engine.pid]
-    keeper = threading.Thread(target=keep_running)
-    keeper.start()
-    try:
-        yield engine, deaths
-    finally:
-        over.set()
-        os.kill(pids[-1], signal.SIGKILL)
-        keeper.join()
 
 
 def test_a_line_that_kills_its_engine_is_found_and_the_others_complete(tmp_path: Path) -> None:

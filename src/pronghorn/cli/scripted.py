@@ -37,6 +37,11 @@ def _options(port: int, settings: list[str]) -> ScriptedOptions:
         default = fields[name].default
         values[name] = value.split(",") if isinstance(default, tuple) else value
     try:
-        return msgspec.convert(values, ScriptedOptions, strict=False)
+        return msgspec.convert(values, ScriptedOptions, strict=False, dec_hook=_path)
     except msgspec.ValidationError as error:
         raise UsageError(f"scripted engine: {error}") from error
+
+
+def _path(kind: type, value: object) -> object:
+    """Return the path that a setting's text names; msgspec asks for no other type that it does not know."""
+    return kind(value)
