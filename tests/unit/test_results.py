@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def test_a_shard_s_parts_hold_its_outcomes_in_input_order(tmp_path: Path) -> Non
         writer.close()
     shard = Shard(key, first_line=1, lines=5, offset=0, bytes=0, epoch=2)
 
-    parts = write_parts(shard, segments.recover(key), blobs)
+    parts = asyncio.run(write_parts(shard, segments.recover(key), blobs))
 
     assert parts.output is not None
     assert parts.errors is not None
@@ -176,6 +177,6 @@ def test_a_shard_without_failures_leaves_no_empty_part(tmp_path: Path) -> None:
     place = writer.append(Outcome(1, Fate.COMPLETED, Usage(), b"x\n"))
     writer.write()
     writer.close()
-    parts = write_parts(Shard(key, 1, 1, 0, 0, epoch=1), {1: place}, blobs)
+    parts = asyncio.run(write_parts(Shard(key, 1, 1, 0, 0, epoch=1), {1: place}, blobs))
     assert parts.output is not None
     assert parts.errors is None

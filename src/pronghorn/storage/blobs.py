@@ -38,6 +38,7 @@ class BlobWriter:
         self._unfinished = path.with_name(path.name + _UNFINISHED)
         self._file: BinaryIO = self._unfinished.open("wb", buffering=FILE_CHUNK_BYTES)
         self._checksums = Checksums()
+        self._renamed = False
         self.bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -60,6 +61,7 @@ class BlobWriter:
         durable.sync_file(self._file.fileno(), self._unfinished)
         self._file.close()
         self._unfinished.rename(self._path)
+        self._renamed = True
         durable.sync_directory(self._path.parent)
 
     def _look_at_room(self) -> None:
@@ -72,6 +74,8 @@ class BlobWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._renamed:
+            return
         with contextlib.suppress(OSError):  # what is still buffered may find no room, and is not wanted
             self._file.close()
         self._unfinished.unlink(missing_ok=True)

@@ -10,22 +10,25 @@ last whole record, keeps the rest, and writes it when there is room.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from pronghorn.domain.model import ShardKey, Tally, Usage
 from pronghorn.errors import Damaged
+from pronghorn.limits import MIB
 from pronghorn.storage import durable
 
 _HEADER = struct.Struct("<II")
 _OUTCOME = struct.Struct("<QBIIII")
+_BEFORE_RESULT = _HEADER.size + _OUTCOME.size
 _READ_BYTES = 1 << 20
+# Thousands of usual answers; a system call for each record would cost more than all else that is done with it.
+IN_MEMORY_BYTES_MAX = 16 * MIB
 
 
 class Fate(enum.IntEnum):
@@ -189,24 +192,37 @@ def tally(places: Iterable[Place]) -> Tally:
     return counter.tally()
 
 
-def read(places: Iterable[Place]) -> Iterator[bytes]:
-    """Yield the results that lie at the places.
+class Records:
+    """The records of a shard's segments, read back. Making one and closing it block; so does reading from the disk.
 
-    Raises Damaged when one is not what was recorded.
+    Segments that fit `IN_MEMORY_BYTES_MAX` together are held, for records that are wanted in another order than theirs.
     """
-    with contextlib.ExitStack() as files:
-        descriptors: dict[Path, int] = {}
+
+    def __init__(self, places: Collection[Place]) -> None:
+        self._files = {path: path.open("rb", buffering=0) for path in {place.segment for place in places}}
+        sizes = [os.fstat(file.fileno()).st_size for file in self._files.values()]
+        self.in_memory = sum(sizes) <= IN_MEMORY_BYTES_MAX
+        self._held = {path: memoryview(file.read()) for path, file in self._files.items()} if self.in_memory else {}
+
+    def results(self, places: Iterable[Place]) -> Iterator[memoryview]:
+        """Yield the results that lie at the places. Raises Damaged when one is not what was recorded."""
         for place in places:
-            if place.segment not in descriptors:
-                descriptors[place.segment] = files.enter_context(place.segment.open("rb", buffering=0)).fileno()
-            before = _HEADER.size + _OUTCOME.size
-            record = os.pread(descriptors[place.segment], before + place.length, place.offset - before)
+            record = self._record(place.segment, place.offset - _BEFORE_RESULT, place.offset + place.length)
             if (
-                len(record) != before + place.length
+                len(record) != _BEFORE_RESULT + place.length
                 or zlib.crc32(record[_HEADER.size :]) != _HEADER.unpack_from(record)[1]
             ):
                 raise Damaged(f"the outcomes in {place.segment} have changed at byte {place.offset}")
-            yield record[before:]
+            yield record[_BEFORE_RESULT:]
+
+    def _record(self, path: Path, start: int, end: int) -> memoryview:
+        if self.in_memory:
+            return self._held[path][start:end]
+        return memoryview(os.pread(self._files[path].fileno(), end - start, start))
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
 
 
 def _read_segment(path: Path) -> Iterator[tuple[int, Place]]:

@@ -47,6 +47,9 @@ from pronghorn.worker.triage import Finding, Triage
 
 # Outcomes that wait for the disk: past this no further line is sent until it has caught up.
 UNDURABLE_BYTES_MAX = 32 * MIB
+# Outcomes of a shard that is not complete wait for the disk together until there are so many, or for the next report of
+# progress, which is what shows that they are durable: every sync costs the disk a turn and the event loop two.
+SYNC_BYTES = 4 * MIB
 # Lines that wait to be tried again: past this no new line is sent. They are what a worker's memory holds beside the
 # lines that are read ahead.
 WAITING_LINES_MAX = 8192
@@ -457,7 +460,7 @@ class Dispatcher:
         self._report(Broken(run.key, run.shard.epoch, reason))
 
     async def _finish(self, run: ShardRun, segment: SegmentWriter) -> None:
-        result = await asyncio.to_thread(results.write_parts, run.shard, run.places, self._blobs)
+        result = await results.write_parts(run.shard, run.places, self._blobs)
         segment.close()
         del self._runs[run.key]
         self._report(Done(run.key, run.shard.epoch, result))
@@ -479,7 +482,8 @@ class Dispatcher:
                     run.segment.write()
                 except OSError:
                     self._full = DISK_FULL
-        self._dirty.set()
+        if self._undurable_bytes > SYNC_BYTES or any(run.complete for run in self._runs.values()):
+            self._dirty.set()
 
     async def _commit(self) -> None:
         """Wait for the disk once for all that is written, then finish the shards that are complete.
@@ -518,11 +522,10 @@ class Dispatcher:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
             self._look_at_room()
             self._report_progress()
+            self._dirty.set()
 
     def _look_at_room(self) -> None:
-        was_full, self._full = self._full, self._room.shortage()
-        if was_full is not None:
-            self._dirty.set()
+        self._full = self._room.shortage()
 
     def _report_progress(self) -> None:
         moved = [run for run in self._runs.values() if run.moved]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from pronghorn.domain import causes
 from pronghorn.domain.answers import Answer
+from pronghorn.domain.causes import Cause
 from pronghorn.domain.model import BlobRef, Closing, Reject, Shard, ShardResult
 from pronghorn.ids import line_id
-from pronghorn.storage import segments
+from pronghorn.limits import MIB
 from pronghorn.storage.blobs import Blobs
-from pronghorn.storage.segments import Fate, Place, tally
+from pronghorn.storage.segments import Fate, Place, Records, tally
+
+# What is put together between two turns of the event loop, about two milliseconds of it.
+PIECE_BYTES = MIB
 
 _CLOSING_MESSAGES = {
     Closing.EXPIRED: "This request could not be executed before the completion window expired.",
@@ -66,27 +71,52 @@ def rejected(batch_id: str, reject: Reject, content: bytes | None) -> bytes:
     return unanswered(batch_id, reject.line, custom_id, reject.code, reject.message)
 
 
-def write_parts(shard: Shard, places: Mapping[int, Place], blobs: Blobs) -> ShardResult:
-    """Store a complete shard's parts of the output and error files, in input order; blocks until they are durable."""
-    completed = [places[line] for line in sorted(places) if places[line].fate is Fate.COMPLETED]
-    others = [places[line] for line in sorted(places) if places[line].fate is not Fate.COMPLETED]
+async def write_parts(shard: Shard, places: Mapping[int, Place], blobs: Blobs) -> ShardResult:
+    """Store a complete shard's parts of the output and error files, in input order; returns when they are durable.
+
+    Results that are in memory are put together here, in small pieces, and not on a thread: one that computes takes the
+    interpreter's lock from the event loop at every turn.
+    """
+    ordered = [places[line] for line in sorted(places)]
+    completed = [place for place in ordered if place.fate is Fate.COMPLETED]
+    others = [place for place in ordered if place.fate is not Fate.COMPLETED]
     stem = f"batches/{shard.key.batch_id}/{shard.key.position}-{shard.epoch}"
-    output = _write_part(f"{stem}.output", segments.read(completed), blobs)
-    errors = _write_part(f"{stem}.errors", segments.read(others), blobs)
-    found = causes.merge(causes.cause_of(result) for result in segments.read(others))
-    return ShardResult(output, errors, tally(places.values()), found)
+    records = await asyncio.to_thread(Records, ordered)
+    try:
+        output = await _write_part(f"{stem}.output", completed, records, blobs)
+        errors = await _write_part(f"{stem}.errors", others, records, blobs)
+        found = await asyncio.to_thread(_causes, others, records) if others else []
+    finally:
+        records.close()
+    return ShardResult(output, errors, tally(ordered), found)
 
 
-def _write_part(key: str, results: Iterator[bytes], blobs: Blobs) -> BlobRef | None:
-    first = next(results, None)
-    if first is None:
+async def _write_part(key: str, places: Sequence[Place], records: Records, blobs: Blobs) -> BlobRef | None:
+    if not places:
         return None
-    with blobs.writer(key) as writer:
-        writer.write(first)
-        for result in results:
-            writer.write(result)
-        writer.commit()
+    pieces = _pieces(records.results(places))
+    with await asyncio.to_thread(blobs.writer, key) as writer:
+        while piece := next(pieces, b"") if records.in_memory else await asyncio.to_thread(next, pieces, b""):
+            await asyncio.to_thread(writer.write, piece)
+        await asyncio.to_thread(writer.commit)
         return BlobRef(key, writer.bytes)
+
+
+def _pieces(results: Iterable[memoryview]) -> Iterator[bytes]:
+    held: list[memoryview] = []
+    held_bytes = 0
+    for result in results:
+        held.append(result)
+        held_bytes += len(result)
+        if held_bytes >= PIECE_BYTES:
+            yield b"".join(held)
+            held.clear()
+            held_bytes = 0
+    yield b"".join(held)
+
+
+def _causes(places: Sequence[Place], records: Records) -> list[Cause]:
+    return causes.merge(causes.cause_of(bytes(result)) for result in records.results(places))
 
 
 def _one_line_body(answer: Answer) -> bytes:
