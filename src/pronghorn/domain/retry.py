@@ -109,6 +109,9 @@ class _ChatTokens(msgspec.Struct):
     reasoning_tokens: _Count | None = None
 
 
+_NO_DETAILS = _ChatTokens()
+
+
 class _Tokens(msgspec.Struct):
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
@@ -120,8 +123,8 @@ class _Tokens(msgspec.Struct):
     output_tokens_details: _ChatTokens | None = None
 
     def usage(self) -> Usage:
-        read = self.prompt_tokens_details or self.input_tokens_details or _ChatTokens()
-        written = self.completion_tokens_details or self.output_tokens_details or _ChatTokens()
+        read = self.prompt_tokens_details or self.input_tokens_details or _NO_DETAILS
+        written = self.completion_tokens_details or self.output_tokens_details or _NO_DETAILS
         return Usage(
             self.prompt_tokens or self.input_tokens or 0,
             read.cached_tokens or 0,
@@ -216,9 +219,10 @@ def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: floa
     if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
         if not body.choices:
             return _retry_or(Failure("upstream_empty", "The engine's answer held no choices."), effort)
-        if any(choice.finish_reason in ("abort", "error") for choice in body.choices):
-            failure = Failure("upstream_aborted", "The engine broke off its answer.")
-            return _retry_or(failure, effort, wait_s_max=1.0)
+        for choice in body.choices:
+            if choice.finish_reason in ("abort", "error"):
+                failure = Failure("upstream_aborted", "The engine broke off its answer.")
+                return _retry_or(failure, effort, wait_s_max=1.0)
     return Success(body.usage.usage() if body.usage else Usage())
 
 
