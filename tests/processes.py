@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx2
 
+from tests.syscalls import Watched
+
 START_S = 60.0
 # Often enough to be quick, seldom enough to leave the processor to what is being awaited.
 POLL_S = 0.05
@@ -24,9 +26,12 @@ COMMAND = [sys.executable, "-c", "from pronghorn.cli import main; main()"]
 class Process:
     """A child that says on stdout when it is ready, and whose log is in a file."""
 
-    def __init__(self, arguments: list[str], log: Path, ready: Callable[[list[str]], bool]) -> None:
+    def __init__(
+        self, arguments: list[str], log: Path, ready: Callable[[list[str]], bool], watched: Watched | None = None
+    ) -> None:
         self._log = log.open("ab")
-        self._child = subprocess.Popen(
+        start = subprocess.Popen if watched is None else watched.start
+        self._child = start(
             COMMAND + arguments, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
         )
         self.lines: list[str] = []
@@ -105,9 +110,9 @@ class Process:
 class Server(Process):
     """`pronghorn serve` on a free port."""
 
-    def __init__(self, data_dir: Path, *arguments: str) -> None:
+    def __init__(self, data_dir: Path, *arguments: str, watched: Watched | None = None) -> None:
         command = ["serve", "--port", "0", "--data-dir", str(data_dir), *arguments]
-        super().__init__(command, data_dir.with_suffix(".log"), lambda lines: len(lines) == 2)
+        super().__init__(command, data_dir.with_suffix(".log"), lambda lines: len(lines) == 2, watched)
         values = dict(line.split("=", 1) for line in self.lines)
         self.data_dir = data_dir
         self.base_url = values["BASE_URL"]
