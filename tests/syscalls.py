@@ -44,7 +44,9 @@ _NUMBERS = {
     "rmdir": (84, None),
 }
 SYNCS = frozenset({"fsync", "fdatasync"})
-WRITES = frozenset({"write", "pwrite64", "writev", "pwritev", "ftruncate", "fallocate"})
+WRITES = frozenset({"write", "pwrite64", "writev", "pwritev"})
+# What takes room on a disk, or may.
+TAKES_ROOM = WRITES | {"ftruncate", "fallocate", "openat", "mkdir", "mkdirat", "rename", "renameat", "renameat2"}
 _BY_PATH = {"rename": 0, "unlink": 0, "mkdir": 0, "rmdir": 0}
 _BY_PATH_AT = frozenset({"openat", "renameat", "renameat2", "unlinkat", "mkdirat"})
 
@@ -74,6 +76,11 @@ class Call(NamedTuple):
     name: str
     pid: int
     path: str | None
+
+    def concerns(self, directory: Path, suffix: str = "") -> bool:
+        """Tell whether the call is about a directory or something below it, of a certain kind."""
+        path = self.path or ""
+        return (path == str(directory) or path.startswith(f"{directory}/")) and path.endswith(suffix)
 
 
 # None lets the call happen; a number is the errno that it fails with instead.

@@ -26,7 +26,7 @@ class Trap:
     """Kills the server, or its workers, before the nth of their calls; counts until then."""
 
     def __init__(self, data_dir: Path, client: Client, *, worker: bool = False, at: int = NEVER) -> None:
-        self._data_dir = str(data_dir)
+        self._data_dir = data_dir
         self._client = client
         self._worker = worker
         self._server: int | None = None
@@ -42,7 +42,7 @@ class Trap:
     def __call__(self, call: Call) -> Answer:
         if self._server is None:
             self._server = call.pid
-        if call.path is not None and not call.path.startswith(self._data_dir):
+        if call.path is not None and not call.concerns(self._data_dir):
             return None
         from_worker = call.pid != self._server
         self.worker_calls += from_worker

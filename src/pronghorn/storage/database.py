@@ -45,6 +45,7 @@ class Database:
     def __init__(self, url: sa.URL) -> None:
         self._write_engine = _engine(url, writes=True)
         self._migrate()
+        self._sync_log()
         _keep_room_for_log(Path(f"{url.database}-wal"))
         self._read_engine = _engine(url, writes=False)
         self._writer = ThreadPoolExecutor(1, "database-writer")
@@ -86,6 +87,14 @@ class Database:
         with self._write_engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+    def _sync_log(self) -> None:
+        """Wait for the disk: a process that was killed may have written transactions and not synced them.
+
+        A checkpoint syncs the log before it copies it.
+        """
+        with self._write_engine.connect() as connection:
+            connection.connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def _keep_room_for_log(log: Path) -> None:

@@ -114,8 +114,8 @@ class SegmentWriter:
         self._written = self._end
 
     def sync(self) -> None:
-        """Wait until what was written is on disk; blocks. An error other than a full disk ends the process."""
-        durable.sync_file(self._descriptor, self.path)
+        """Wait until what was written is on disk; blocks. Any error ends the process, that of a full disk too."""
+        _sync(self._descriptor, self.path)
 
     def _cut_back(self) -> None:
         os.ftruncate(self._descriptor, self._written)
@@ -136,7 +136,10 @@ class Segments:
         return SegmentWriter(self._path(key, epoch))
 
     def recover(self, key: ShardKey) -> dict[int, Place]:
-        """Return what earlier attempts at a shard recorded, by line number; the earliest record of a line counts."""
+        """Return what earlier attempts at a shard recorded, by line number; the earliest record of a line counts.
+
+        It is on disk then: a process that was killed may have written it and not synced it.
+        """
         found: dict[int, Place] = {}
         paths = self._directory.glob(f"{key.batch_id}/{key.position}-*.segment")
         for path in sorted(paths, key=lambda path: int(path.stem.split("-")[1])):
@@ -225,8 +228,17 @@ class Records:
             file.close()
 
 
+def _sync(descriptor: int, path: Path) -> None:
+    """Wait until a segment is on disk; where its room was only promised, what was written is lost, and so are we."""
+    try:
+        durable.sync_file(descriptor, path)
+    except OSError as error:
+        durable.end_process(f"{path} has no room for what was written to it: {error.strerror}")
+
+
 def _read_segment(path: Path) -> Iterator[tuple[int, Place]]:
     with path.open("rb", buffering=_READ_BYTES) as file:
+        _sync(file.fileno(), path)
         size = os.fstat(file.fileno()).st_size
         offset = 0
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
