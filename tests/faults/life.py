@@ -40,11 +40,13 @@ class Client:
         self._name = name
         self._numbers = itertools.count()
         self._inputs: dict[str, bytes] = {}
-        self._kills: Counter[str] = Counter()
+        self._may_repeat: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
         self._files: dict[str, str] = {}
         self._unread: set[str] = set()
         self._deleted: set[str] = set()
         self._created: set[str] = set()
+        self._inputs_of: dict[str, str] = {}
         self._ended: dict[str, str] = {}
 
     @property
@@ -78,21 +80,30 @@ class Client:
             assert server.http.get(f"/v1/files/{file_id}").status_code == 404, f"{file_id} is back"
         there = {batch["id"]: batch for batch in _pages(server, "/v1/batches")}
         assert self._created <= there.keys(), f"gone: {self._created - there.keys()}"
+        files = {file["id"]: file["filename"] for file in _pages(server, "/v1/files")}
         for batch_id in there.keys() - self._ended.keys():
-            self._check_batch(server, batch_id)
+            name = self._inputs_of.setdefault(batch_id, files.get(there[batch_id]["input_file_id"], ""))
+            if name in self._inputs:
+                self._check_batch(server, batch_id, name)
 
     def killed(self) -> None:
         """Note that a process was killed: lines of unfinished batches that were in flight may be asked again."""
-        self._kills.update(self._inputs.keys() - self._ended.values())
+        for name in self._inputs.keys() - self._ended.values():
+            self._may_repeat[name] += WINDOW
+
+    def powered_off(self) -> None:
+        """Note that power was lost: lines of unfinished batches that did not count as done may be asked again."""
+        for name in self._inputs.keys() - self._ended.values():
+            self._may_repeat[name] += LINES - self._seen[name]
 
     def check_calls(self, asked: Counter[str]) -> int:
-        """Check that no kill wasted more calls than were in flight, and return how many were wasted in all."""
+        """Check that no more lines were asked again than may be, and return how many were."""
         wasted = 0
         for name, content in self._inputs.items():
             bodies = [json.dumps(json.loads(line)["body"]) for line in content.splitlines()]
             asks = sum(asked[hashlib.sha256(body.encode()).hexdigest()] for body in bodies)
             excess = max(0, asks - LINES)
-            assert excess <= WINDOW * self._kills[name], f"{name}: {excess} calls wasted by {self._kills[name]} kills"
+            assert excess <= self._may_repeat[name], f"{name}: {excess} lines asked again, not {self._may_repeat[name]}"
             wasted += excess
         return wasted
 
@@ -113,12 +124,11 @@ class Client:
         completed = _ok(server.http.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": parts}))
         return str(completed["file"]["id"])
 
-    def _check_batch(self, server: Server, batch_id: str) -> None:
-        batch = server.await_batch(batch_id)
+    def _check_batch(self, server: Server, batch_id: str, name: str) -> None:
+        batch = server.await_batch(batch_id, lambda batch: self._has_ended(batch, name))
         assert batch["status"] == "completed", batch
         assert batch["request_counts"] == {"total": LINES, "completed": LINES, "failed": 0}
         results = [json.loads(line) for line in server.content(batch["output_file_id"]).splitlines()]
-        name = results[0]["custom_id"].rpartition("/")[0]
         lines = [json.loads(line) for line in self._inputs[name].splitlines()]
         assert [result["custom_id"] for result in results] == [line["custom_id"] for line in lines]
         for line, result in zip(lines, results, strict=True):
@@ -126,6 +136,10 @@ class Client:
             answer = result["response"]["body"]["choices"][0]["message"]["content"]
             assert answer.startswith(f"echo {digest}: "), f"{result['custom_id']} has another line's answer"
         self._ended[batch_id] = name
+
+    def _has_ended(self, batch: dict[str, Any], name: str) -> bool:
+        self._seen[name] = max(self._seen[name], batch["request_counts"]["completed"])
+        return batch["status"] in ("completed", "failed", "expired", "cancelled")
 
 
 def _line(name: str, number: int) -> bytes:

@@ -1,0 +1,69 @@
+"""An ext4 file system in a file, whose power can be cut: what was not synced is gone. Linux and root only."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pronghorn.limits import MIB
+from tests.beds import require_program, require_root
+from tests.processes import POLL_S, START_S
+
+DISK_BYTES = 64 * MIB
+# linux/fs.h: end at once, and write nothing more, not even what is in the file system's own log in memory.
+_SHUT_DOWN, _NO_LOG_FLUSH = 0x8004587D, struct.pack("I", 2)
+
+
+class PowerDisk:
+    """A mounted file system; between `cut` and `restore` every write to it fails."""
+
+    def __init__(self, image: Path, path: Path) -> None:
+        self._image = image
+        self.path = path
+
+    def cut(self) -> None:
+        """Take the power away; call `restore` once nothing has a file open there."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, _SHUT_DOWN, _NO_LOG_FLUSH)
+        finally:
+            os.close(descriptor)
+
+    def restore(self) -> None:
+        """Mount what the disk holds; the file system replays its log as after any crash."""
+        deadline = time.monotonic() + START_S
+        while subprocess.run(["umount", self.path], capture_output=True).returncode:
+            assert time.monotonic() < deadline, f"something still uses {self.path}"
+            time.sleep(POLL_S)
+        self.mount()
+
+    def mount(self) -> None:
+        # The loop device belongs to the mount and goes with it.
+        subprocess.run(["mount", "-o", "loop", self._image, self.path], check=True)
+
+
+@contextlib.contextmanager
+def power_disk() -> Iterator[PowerDisk]:
+    """Make a file system and mount it; whatever happens, no mount, device or file is left."""
+    require_root()
+    require_program("mkfs.ext4")
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="pronghorn-disk-", dir=in_memory) as folder:
+        image, path = Path(folder) / "image", Path(folder) / "disk"
+        path.mkdir()
+        with image.open("wb") as file:
+            file.truncate(DISK_BYTES)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        disk = PowerDisk(image, path)
+        disk.mount()
+        try:
+            yield disk
+        finally:
+            subprocess.run(["umount", "--lazy", path], check=True)

@@ -1,0 +1,156 @@
+"""Power cuts: whatever a server has acknowledged or shown is there when the machine is back."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+from tests.beds import Bed
+from tests.disks import PowerDisk, power_disk
+from tests.faults.life import Client, calls_by_body, settings_file
+from tests.faults.test_kill import batch_input
+from tests.processes import ScriptedProcess, Server
+from tests.syscalls import SYNCS, Answer, Call, Kill, Watched
+
+CLIENTS = 2
+CUTS_OF_A_DISK = 20
+AT_ONCE = 3
+# A life makes about so many calls with a lasting effect, and then idles.
+CALLS = 700
+
+
+class PowerCut:
+    """Cuts a disk's power before the nth call about it, in the middle of whatever runs, or kills the server there."""
+
+    def __init__(self, disk: PowerDisk, clients: Sequence[Client], at: int, *, kill: bool = False) -> None:
+        self._disk = disk
+        self._clients = clients
+        self._at = at
+        self._kill = kill
+        self._count = 0
+        self._server: int | None = None
+        self.happened = False
+
+    def __call__(self, call: Call) -> Answer:
+        self._server = self._server or call.pid
+        self._count += call.path is None or call.concerns(self._disk.path)
+        if self._count != self._at or self.happened:
+            return None
+        self.happened = True
+        for client in self._clients:
+            client.killed() if self._kill else client.powered_off()
+        if not self._kill:
+            self._disk.cut()
+        os.kill(self._server, signal.SIGKILL)
+        return Kill()
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("books") / "ledger.jsonl"
+
+
+@pytest.fixture(scope="module")
+def engine(books: Path) -> Iterator[ScriptedProcess]:
+    with ScriptedProcess(books.with_suffix(".log"), latency_ms=100, ledger_path=books) as engine:
+        yield engine
+
+
+@pytest.fixture
+def disk() -> Iterator[PowerDisk]:
+    with power_disk() as disk:
+        yield disk
+
+
+class Machine:
+    """A server on a disk, and its clients; the power comes and goes."""
+
+    def __init__(self, disk: PowerDisk, config: Path, name: str) -> None:
+        self._disk = disk
+        self._config = str(config)
+        self._clients = [Client(f"{name}-{number}") for number in range(CLIENTS)]
+
+    def run_until_cut(self, at: int, *, kill: bool = False) -> None:
+        """Use the server until its nth call, or until all is done and it idles; then the power goes, or it dies."""
+        cut = PowerCut(self._disk, self._clients, at, kill=kill)
+        try:
+            with self._server(Watched(cut)) as server, ThreadPoolExecutor(CLIENTS) as threads:
+                list(threads.map(lambda client: self._use(client, server, cut), self._clients))
+        except RuntimeError:  # it went before the server was ready
+            assert cut.happened
+        if not kill:
+            self._disk.cut()
+            self._disk.restore()
+
+    def check(self, *, again: bool = False) -> None:
+        """Hold the server to everything that any client was told."""
+        with self._server() as server:
+            for client in self._clients:
+                client.check(server, again=again)
+            server.terminate()
+
+    def check_calls(self, books: Path) -> int:
+        asked = calls_by_body(books)
+        return sum(client.check_calls(asked) for client in self._clients)
+
+    def _server(self, watched: Watched | None = None) -> Server:
+        return Server(self._disk.path, "--config", self._config, watched=watched)
+
+    def _use(self, client: Client, server: Server, cut: PowerCut) -> None:
+        try:
+            client.check(server)
+            client.work(server)
+        except httpx2.TransportError:
+            assert cut.happened
+
+
+def test_a_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
+    tmp_path: Path, engine: ScriptedProcess, books: Path, bed: Bed
+) -> None:
+    cuts = bed.times(small=2, ci=100, long=1000)
+    config = settings_file(tmp_path, engine)
+    seeds = [(bed.rng.random(), min(CUTS_OF_A_DISK, cuts - start)) for start in range(0, cuts, CUTS_OF_A_DISK)]
+
+    def cut_one_disk(seed: float, cuts: int) -> int:
+        rng = random.Random(seed)
+        with power_disk() as disk:
+            machine = Machine(disk, config, str(seed))
+            for _ in range(cuts):
+                if rng.random() < 0.2:
+                    machine.run_until_cut(rng.randint(1, CALLS), kill=True)
+                machine.run_until_cut(rng.randint(1, CALLS))
+            machine.check()
+            machine.check(again=True)
+            return machine.check_calls(books)
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        repeated = sum(threads.map(cut_one_disk, *zip(*seeds, strict=True)))
+    print(f"{cuts} cuts; {repeated} lines asked again that had not counted as done")
+
+
+def test_what_a_server_shows_after_a_kill_survives_a_power_cut(
+    disk: PowerDisk, tmp_path: Path, engine: ScriptedProcess
+) -> None:
+    """A killed server may have written a row and not synced it: the next one shows it, so it has to stay."""
+    config, data_dir, content = str(settings_file(tmp_path, engine)), disk.path, batch_input(3)
+
+    def die_before_syncing_the_row(call: Call) -> Answer:
+        return Kill() if call.name in SYNCS and call.concerns(data_dir, ".db-wal") and uploading else None
+
+    uploading = False
+    with Server(data_dir, "--config", config, watched=Watched(die_before_syncing_the_row)) as server:
+        uploading = True
+        with pytest.raises(httpx2.TransportError):
+            server.upload(content)
+    with Server(data_dir, "--config", config) as server:
+        (file,) = server.http.get("/v1/files").json()["data"]
+        disk.cut()
+    disk.restore()
+    with Server(data_dir, "--config", config) as server:
+        assert server.content(file["id"]) == content
