@@ -36,6 +36,9 @@ class FakeClock:
     def now(self) -> int:
         return self.time
 
+    def wall(self) -> int:
+        return self.time
+
     def monotonic(self) -> float:
         return float(self.time)
 

@@ -54,6 +54,9 @@ class SetClock:
     def now(self) -> int:
         return self.time
 
+    def wall(self) -> int:
+        return self.time
+
     def monotonic(self) -> float:
         return float(self.time)
 

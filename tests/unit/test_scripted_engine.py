@@ -52,6 +52,9 @@ class StillClock:
     def now(self) -> int:
         return 1_000_000_000
 
+    def wall(self) -> int:
+        return self.now()
+
     def monotonic(self) -> float:
         return time.monotonic()
 

@@ -19,6 +19,8 @@ log = logging.getLogger("pronghorn.maintenance")
 
 # How late an end is noted and room given back; what has run out is refused from that second on.
 SWEEP_INTERVAL_S = 60
+# A wall clock that is this far from the time since the start has been set, and is worth a word.
+SHIFT_S_MAX = 60
 
 
 class Maintenance:
@@ -30,6 +32,7 @@ class Maintenance:
         self._blobs = blobs
         self._orphans: Orphans | None = orphans
         self._clock = clock
+        self._shift_s = 0
 
     async def run(self) -> None:
         """Sweep at once and then at intervals; a sweep that fails is logged, and the next one does its work."""
@@ -42,6 +45,7 @@ class Maintenance:
 
     async def sweep(self) -> None:
         """End what has run out, then remove every blob that is marked for removal; at first also what is orphaned."""
+        self._note_set_clock()
         now = self._clock.now()
         await self._uploads.expire(now)
         await self._files.forget_expired(now)
@@ -49,6 +53,16 @@ class Maintenance:
         if self._orphans is not None:
             await self._orphans.remove()
             self._orphans = None
+
+    def _note_set_clock(self) -> None:
+        shift_s = self._clock.wall() - self._clock.now()
+        if abs(shift_s - self._shift_s) > SHIFT_S_MAX:
+            self._shift_s = shift_s
+            log.warning(
+                "the machine's clock is %+d s from the time since the start; stamps and deadlines go by the latter, "
+                "and by the machine's clock again after a restart",
+                shift_s,
+            )
 
     async def _remove_blobs(self) -> None:
         """Remove what is marked; a blob that cannot be removed keeps its mark and holds up no other."""

@@ -128,8 +128,8 @@ class Courier:
         if isinstance(receiver, Refused):
             return NoReply(f"the URL {receiver.reason}")
         body = event.body()
-        now = self._clock.now()
-        headers = _headers(receiver, endpoint.secrets_at(now), webhook_id, now, body)
+        secrets = endpoint.secrets_at(self._clock.now())
+        headers = _headers(receiver, secrets, webhook_id, self._clock.wall(), body)
         try:
             async with asyncio.timeout(ATTEMPT_S):
                 return await self._post(receiver, headers, body)
@@ -172,8 +172,8 @@ class Courier:
         url = httpcore2.URL(scheme=receiver.scheme, host=receiver.host, port=receiver.port, target=receiver.path)
         async with self._pool.stream("POST", url, headers=headers, content=body) as answer:
             await _drain(answer)
-            retry_after = next((value for name, value in answer.headers if name.lower() == b"retry-after"), None)
-            return Reply(answer.status, retry_after)
+            told = {name.lower(): value for name, value in answer.headers}
+            return Reply(answer.status, told.get(b"retry-after"), told.get(b"date"))
 
 
 class _PublicNetwork(httpcore2.AsyncNetworkBackend):

@@ -109,10 +109,16 @@ class Delivery(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What a receiver answered: of its headers Retry-After, of its body nothing."""
+    """What a receiver answered: of its headers Retry-After and Date, of its body nothing."""
 
     status: int
     retry_after: bytes | None = None
+    date: bytes | None = None
+
+    def wait_s(self, now: int) -> float | None:
+        """Return how long it asks to be left alone; a date is read against its own clock, or else against `now`."""
+        told = {b"retry-after": self.retry_after, b"date": self.date}
+        return retry_after({name: value for name, value in told.items() if value is not None}, now)
 
 
 class NoReply(msgspec.Struct, frozen=True):
@@ -155,7 +161,7 @@ def judge(
     error = f"the receiver answered {reply.status}"
     if 300 <= reply.status < 400:
         error += "; redirects are not followed"
-    wait = None if reply.retry_after is None else retry_after({b"retry-after": reply.retry_after}, now)
+    wait = reply.wait_s(now)
     if wait is None and reply.status not in _OVERLOADED:
         return _again(delivery, now, jitter, delays_s, reply.status, error)
     wait = SLOW_DOWN_S if wait is None else math.ceil(min(max(wait, 1), SLOW_DOWN_S_MAX))

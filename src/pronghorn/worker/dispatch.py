@@ -261,7 +261,7 @@ class Dispatcher:
         run, now = line.run, self._clock.monotonic()
         absent_s = lane.absent_s(now, run.model) if lane.absent else 0.0
         effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
-        verdict = retry.judge(answer, run.endpoint, effort, self._clock.now(), self._patience)
+        verdict = retry.judge(answer, run.endpoint, effort, self._clock.wall(), self._patience)
         refused = retry.shows_overload(answer)
         lane.window.answered(now, lane.in_flight + lane.live, sent_at=sent_at, refused=refused)
         lane.in_flight -= 1

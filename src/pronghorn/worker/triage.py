@@ -94,7 +94,7 @@ class Triage:
         if lane.doubt is not doubt or lane.asked is None:
             return
         effort = retry.Effort(pauses=lane.breaker.trips)
-        verdict = retry.judge(answer, lane.asked[0], effort, self._clock.now())
+        verdict = retry.judge(answer, lane.asked[0], effort, self._clock.wall())
         if isinstance(answer, Fault) and answer.kind is FaultKind.ABORTED:
             verdict = retry.Lost(retry.Failure(), hung=True)
         match verdict:
