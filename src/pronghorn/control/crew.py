@@ -17,6 +17,10 @@ log = logging.getLogger("pronghorn.crew")
 RESTART_WAIT_S_MAX = 30.0
 # Beyond its drain, a worker gets this long to write and go.
 STOP_GRACE_S = 5.0
+# A worker speaks four times a second. One that says nothing for so long stands still, be it frozen or stuck in a call
+# of the operating system; its shards are worth more than its lines in flight.
+SILENT_S_MAX = 30.0
+HEARD_INTERVAL_S = 1.0
 
 Route = tuple[str, ...]
 
@@ -65,6 +69,7 @@ class CrewMember:
         self._link: WorkerLink | None = None
         self._live: dict[str, int] = {}
         self._stopping = asyncio.Event()
+        self._heard = False
         self.ready = False
         self.held: dict[ShardKey, Held] = {}
 
@@ -106,6 +111,7 @@ class CrewMember:
         except OSError as error:
             log.error("a worker cannot be started: %s", error)
             return False
+        watching = asyncio.create_task(self._watch(link))
         try:
             link.send(self._configure)
             link.send(UseReplicas(self._replicas()))
@@ -113,16 +119,32 @@ class CrewMember:
             if self._stopping.is_set():
                 link.send(Stop(0))
             async for report in link.reports():
+                self._heard = True
                 self.ready = self.ready or isinstance(report, Ready)
                 worked = worked or not isinstance(report, Ready)
                 self._post(Reported(self, report))
         finally:
+            watching.cancel()
             self._link = None
             self.ready = False
             if await link.end() == durable.EXIT_DISK_FAILED:
                 durable.end_process("a worker could not write")
             self._post(Gone(self))
         return worked
+
+    async def _watch(self, link: WorkerLink) -> None:
+        """Kill a worker that has gone silent.
+
+        Silence is counted in waits of ours: where it was this process that stood still, one wait was long, and what the
+        worker said meanwhile is there to be read.
+        """
+        silent_s = 0.0
+        while silent_s < SILENT_S_MAX:
+            self._heard = False
+            await asyncio.sleep(HEARD_INTERVAL_S)
+            silent_s = 0.0 if self._heard else silent_s + HEARD_INTERVAL_S
+        log.error("a worker has said nothing for %.0f s and is killed", silent_s)
+        link.kill()
 
     async def _wait_unless_stopping(self, wait_s: float) -> None:
         try:

@@ -23,6 +23,10 @@ class WorkerLink(Protocol):
         """Break the connection, on which a worker ends at once."""
         ...
 
+    def kill(self) -> None:
+        """End the worker at once, whatever it is doing."""
+        ...
+
     async def end(self) -> int | None:
         """Make sure that the worker is gone, and return its exit status if that is known."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -49,6 +50,10 @@ class ChildLink:
 
     def hang_up(self) -> None:
         self._writer.close()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def end(self) -> int | None:
         self._writer.close()
