@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,19 @@ def test_a_deadline_is_kept_although_an_engine_hangs(tmp_path: Path) -> None:
         assert batch["status"] == "expired"
         assert {result["error"]["code"] for result in errors_of(server, batch).values()} == {"batch_expired"}
         assert batch["expired_at"] - batch["expires_at"] <= 15
+
+
+def test_lines_that_hang_as_probes_do_not_keep_an_engine_paused_that_answers(tmp_path: Path) -> None:
+    hanging, line_timeout_s = 10, 3
+    hang, refusal = "[[scripted fault=hang times=always]]", "[[scripted fault=insufficient_quota delay_ms=500]]"
+    lines = with_markers(300, dict.fromkeys(range(hanging), hang) | {hanging: refusal})
+    with ScriptedProcess(tmp_path / "engine.log") as engine:
+        upstream = f"window = {hanging + 1}"
+        arguments = configured(tmp_path, engine, upstream, line_timeout_s=line_timeout_s, refused_pause_s=6)
+        with Server(tmp_path / "data", *arguments) as server:
+            batch_id = server.create_batch(server.upload(lines))["id"]
+            server.await_batch(batch_id, lambda batch: reason_of(batch) != "None")
+            since = time.monotonic()
+            server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] == 300 - hanging)
+            assert time.monotonic() - since < hanging * line_timeout_s * 0.8, "one that hung was enough to find out"
+            server.http.post(f"/v1/batches/{batch_id}/cancel").raise_for_status()

@@ -12,6 +12,8 @@ from tests.beds import Bed
 from tests.processes import Server, restarted
 
 UNLIMITED = "always"
+# Stated, because a window that is found by trying shrinks in such weather until the bed takes hours.
+WINDOW = 256
 
 
 class Weather(NamedTuple):
@@ -113,7 +115,7 @@ def test_every_line_of_a_storm_ends_as_the_table_says(tmp_path: Path, bed: Bed) 
     with restarted(tmp_path / "engine.log", **engine_settings) as (engine, deaths):
         config.write_text(
             "line_timeout_s = 2\nrefused_pause_s = 0.5\nmodel_grace_s = 2\n"
-            f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\n'
+            f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n'
         )
         with Server(tmp_path / "data", "--config", str(config)) as server:
             content = b"\n".join(line_of(number, kind) for number, kind in enumerate(weather))

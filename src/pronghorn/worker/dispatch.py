@@ -353,9 +353,9 @@ class Dispatcher:
     def _found(self, lane: Lane, finding: Finding) -> None:
         """Act on what has been found out about an engine that lost lines, or was silent."""
         if finding.alive:
-            lane.quiet_since = now = self._clock.monotonic()
-            if lane.breaker.silent:
-                lane.breaker.answered(now)
+            lane.quiet_since = self._clock.monotonic()
+            # What proves it was sent after the doubt began: a probe that hangs must not hold up what is answered.
+            lane.breaker.answered(finding.doubt.since)
         elif finding.pause is not None:
             self._pause(lane, finding.pause, "", silent=finding.silent)
         died = finding.doubt.all_lost() or not finding.alive
