@@ -100,7 +100,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             engines=engines,
             executor=LocalExecutor(),
             planner=Planner(metadata, checker, clock),
-            finalizer=Finalizer(metadata, segments, clock, ids),
+            finalizer=Finalizer(metadata, files, blobs, segments, clock, ids),
             clock=clock,
             configure=Configure(
                 blobs_dir=str(data_dir / "blobs"),

@@ -64,7 +64,7 @@ async def coordinator(metadata: Metadata, database: Database, directory: Path) -
         engines=engines,
         executor=LocalExecutor(),
         planner=Planner(metadata, InputChecker(files, blobs, engines, line_bytes_max=1024), clock),
-        finalizer=Finalizer(metadata, segments, clock, RandomIds()),
+        finalizer=Finalizer(metadata, files, blobs, segments, clock, RandomIds()),
         clock=clock,
         configure=Configure(str(directory / "blobs"), str(directory / "segments"), **bounds),
         workers=1,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from pronghorn.clock import Clock
+from pronghorn.control.orphans import remove_leftovers
 from pronghorn.domain.lifecycle import final_status
 from pronghorn.domain.model import Batch, BatchStatus, File
-from pronghorn.errors import Fenced
+from pronghorn.errors import Fenced, StorageError
 from pronghorn.ids import Ids
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
 
@@ -19,8 +21,12 @@ log = logging.getLogger("pronghorn.finalizer")
 class Finalizer:
     """Moves batches to their terminal status."""
 
-    def __init__(self, metadata: Metadata, segments: Segments, clock: Clock, ids: Ids) -> None:
+    def __init__(
+        self, metadata: Metadata, files: Files, blobs: Blobs, segments: Segments, clock: Clock, ids: Ids
+    ) -> None:
         self._metadata = metadata
+        self._files = files
+        self._blobs = blobs
         self._segments = segments
         self._clock = clock
         self._ids = ids
@@ -40,7 +46,14 @@ class Finalizer:
         except Fenced as fenced:
             log.info("not finished yet: %s", fenced)
             return
-        await asyncio.to_thread(self._segments.discard_batch, batch.id)
+        await self._clean_up(batch)
+
+    async def _clean_up(self, batch: Batch) -> None:
+        """Remove what refused and broken-off attempts have left; what cannot be removed, the next start tries again."""
+        try:
+            await remove_leftovers(batch.id, self._files, self._blobs, self._segments)
+        except (OSError, StorageError) as error:
+            log.warning("leftovers of %s stay until the next start: %s", batch.id, error)
 
     def _file(self, batch: Batch, kind: str) -> File:
         now, keep_s = self._clock.now(), batch.output_expires_after_s

@@ -36,24 +36,30 @@ class Orphans:
 
     async def remove(self) -> int:
         """Remove what nothing names, and return how much that was."""
-        removed = await self._remove_unnamed(self._uploaded)
+        removed = await _remove_unnamed(self._files, self._blobs, self._uploaded)
         for batch_id in sorted(self._batches):
             if await self._metadata.has_ended(batch_id):
-                removed += await self._remove_unnamed(self._blobs.keys(f"batches/{batch_id}"))
-                await asyncio.to_thread(self._segments.discard_batch, batch_id)
+                removed += await remove_leftovers(batch_id, self._files, self._blobs, self._segments)
         if removed:
             log.info("removed %d stored pieces that a crash had left and nothing named", removed)
         return removed
 
-    async def _remove_unnamed(self, keys: Iterable[str]) -> int:
-        removed = 0
-        for some in _in_groups(keys):
-            named = await self._files.named(some)
-            for key in some:
-                if key not in named:
-                    await self._blobs.delete(key)
-                    removed += 1
-        return removed
+
+async def remove_leftovers(batch_id: str, files: Files, blobs: Blobs, segments: Segments) -> int:
+    """Remove what attempts at an ended batch's shards have left beside its files; return how many parts that was."""
+    await asyncio.to_thread(segments.discard_batch, batch_id)
+    return await _remove_unnamed(files, blobs, await asyncio.to_thread(blobs.keys, f"batches/{batch_id}"))
+
+
+async def _remove_unnamed(files: Files, blobs: Blobs, keys: Iterable[str]) -> int:
+    removed = 0
+    for some in _in_groups(keys):
+        named = await files.named(some)
+        for key in some:
+            if key not in named:
+                await blobs.delete(key)
+                removed += 1
+    return removed
 
 
 def _in_groups(keys: Iterable[str]) -> Iterator[list[str]]:
