@@ -121,7 +121,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             answer_bytes_max=settings.answer_bytes_max,
         )
         stack.push_async_callback(relay.close)
-        maintaining = asyncio.create_task(Maintenance(files, uploads, blobs, orphans, clock).run())
+        maintaining = asyncio.create_task(Maintenance(files, uploads, webhooks, blobs, orphans, clock).run())
         coordinating = asyncio.create_task(coordinator.run(), name="coordinator")
         coordinating.add_done_callback(_end_on_failure)
         delivering = asyncio.create_task(courier.run(), name="courier")

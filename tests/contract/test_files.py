@@ -13,6 +13,7 @@ from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, End
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.uploads import Uploads
+from pronghorn.storage.webhooks import Webhooks
 from tests.contract.test_uploads import ACCOUNT, START, World
 
 
@@ -81,7 +82,14 @@ async def test_a_crash_after_forgetting_leaves_the_bytes_to_the_next_sweep(world
     file = await add(world, "gone")
     assert await world.files.delete(file.id, ACCOUNT)
     assert world.stored() == {"gone-1", "gone-2"}
-    await Maintenance(Files(world.database), Uploads(world.database), world.blobs, world.orphans, world.clock).sweep()
+    await Maintenance(
+        Files(world.database),
+        Uploads(world.database),
+        Webhooks(world.database),
+        world.blobs,
+        world.orphans,
+        world.clock,
+    ).sweep()
     assert world.stored() == set()
     assert await world.files.removals() == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from pronghorn.control.maintenance import Maintenance
+from pronghorn.control.maintenance import HISTORY_S, Maintenance
 from pronghorn.control.orphans import Orphans
 from pronghorn.domain.model import BlobRef, File
 from pronghorn.domain.uploads import Upload, UploadPart, UploadStatus
@@ -21,6 +21,7 @@ from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
 from pronghorn.storage.tables import upload_parts
 from pronghorn.storage.uploads import Uploads, digest
+from pronghorn.storage.webhooks import Webhooks
 
 ACCOUNT = "org-test"
 START, LIFETIME_S = 1_000_000, 3600
@@ -53,7 +54,9 @@ class World:
         self.blobs = Blobs(self.blobs_dir)
         self.clock = FakeClock()
         self.orphans = Orphans(Metadata(self.database), self.files, self.blobs, Segments(directory / "segments"))
-        self.maintenance = Maintenance(self.files, self.uploads, self.blobs, self.orphans, self.clock)
+        self.maintenance = Maintenance(
+            self.files, self.uploads, Webhooks(self.database), self.blobs, self.orphans, self.clock
+        )
 
     async def upload(self, name: str, size: int = 10) -> Upload:
         upload = Upload(
@@ -237,6 +240,22 @@ async def test_a_sweep_removes_the_parts_of_cancelled_uploads_and_no_others(worl
     assert await world.known_parts() == {"part_b"}
 
 
+async def test_a_sweep_forgets_uploads_that_ended_long_ago(world: World) -> None:
+    ended, streaming, pending = await world.upload("a"), await world.upload("b"), await world.upload("c")
+    await world.uploads.cancel(ended)
+    await world.begin(streaming, "b")
+    await world.uploads.cancel(streaming)
+    world.clock.time = END + HISTORY_S - 1
+    await world.maintenance.sweep()
+    assert await world.status(ended) is UploadStatus.CANCELLED
+    assert await world.status(pending) is UploadStatus.EXPIRED
+    world.clock.time = END + HISTORY_S
+    await world.maintenance.sweep()
+    assert await world.uploads.find(ended.id, ACCOUNT) is None
+    assert await world.uploads.find(pending.id, ACCOUNT) is None
+    assert await world.status(streaming) is UploadStatus.CANCELLED, "its part still streams in"
+
+
 async def test_a_sweep_leaves_a_part_that_is_being_written_alone(world: World) -> None:
     upload = await world.upload("a")
     arriving = await world.begin(upload, "arriving")
@@ -288,7 +307,9 @@ async def test_maintenance_sweeps_at_once_and_outlives_a_failed_sweep(
             swept.set()
             raise OSError("the disk is gone")
 
-    running = asyncio.create_task(Watched(world.files, world.uploads, world.blobs, world.orphans, world.clock).run())
+    webhooks = Webhooks(world.database)
+    watched = Watched(world.files, world.uploads, webhooks, world.blobs, world.orphans, world.clock)
+    running = asyncio.create_task(watched.run())
     await swept.wait()
     await asyncio.sleep(0)
     assert not running.done()

@@ -141,6 +141,17 @@ async def due(webhooks: Webhooks, now: int = NOW, per_endpoint: int = 100, limit
     return [found.delivery for found in await webhooks.due(now, per_endpoint=per_endpoint, limit=limit)]
 
 
+async def test_deliveries_that_ended_long_ago_are_forgotten(metadata: Metadata, webhooks: Webhooks) -> None:
+    await webhooks.add_endpoint(endpoint())
+    for number in (1, 2):
+        await end_batch(metadata, number)
+    delivered, pending = await due(webhooks)
+    await webhooks.record(delivered, Verdict(DeliveryState.DELIVERED), NOW)
+    assert await webhooks.forget_ended(NOW - 1) == 0
+    assert await webhooks.forget_ended(NOW) == 1
+    assert await deliveries(webhooks) == [pending]
+
+
 class TestEndpoints:
     async def test_one_is_kept_as_it_was_given(self, webhooks: Webhooks) -> None:
         assert await webhooks.add_endpoint(endpoint(event_types=(EventType.BATCH_FAILED, EventType.BATCH_EXPIRED)))

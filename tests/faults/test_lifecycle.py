@@ -498,6 +498,7 @@ class Lifecycle(RuleBasedStateMachine):
         database = self.database = Database(sa.URL.create("sqlite", database=str(self.home / "pronghorn.db")))
         self.blobs, self.segments = Blobs(self.home / "blobs"), Segments(self.home / "segments")
         self.metadata, self.stored, self.parts = Metadata(database), Files(database), Uploads(database)
+        self.webhooks = Webhooks(database)
         ids, engines = RandomIds(), EnginePool([])
         self.finalizer = Finalizer(self.metadata, self.stored, self.blobs, self.segments, self.clock, ids)
         checker = InputChecker(self.stored, self.blobs, engines, line_bytes_max=1024)
@@ -515,7 +516,7 @@ class Lifecycle(RuleBasedStateMachine):
         )
 
     def maintenance(self, orphans: Orphans | None = None) -> Maintenance:
-        return Maintenance(self.stored, self.parts, self.blobs, orphans, self.clock)
+        return Maintenance(self.stored, self.parts, self.webhooks, self.blobs, orphans, self.clock)
 
     def new(self, prefix: str) -> str:
         self.names += 1

@@ -14,6 +14,7 @@ from pronghorn.control.orphans import Orphans
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
 from pronghorn.storage.uploads import Uploads
+from pronghorn.storage.webhooks import Webhooks
 
 log = logging.getLogger("pronghorn.maintenance")
 
@@ -21,14 +22,19 @@ log = logging.getLogger("pronghorn.maintenance")
 SWEEP_INTERVAL_S = 60
 # A wall clock that is this far from the time since the start has been set, and is worth a word.
 SHIFT_S_MAX = 60
+# Uploads and deliveries that have ended are remembered so long: for repeated requests, and for people who look.
+HISTORY_S = 30 * 24 * 3600
 
 
 class Maintenance:
     """The one housekeeper of a server."""
 
-    def __init__(self, files: Files, uploads: Uploads, blobs: Blobs, orphans: Orphans, clock: Clock) -> None:
+    def __init__(
+        self, files: Files, uploads: Uploads, webhooks: Webhooks, blobs: Blobs, orphans: Orphans, clock: Clock
+    ) -> None:
         self._files = files
         self._uploads = uploads
+        self._webhooks = webhooks
         self._blobs = blobs
         self._orphans: Orphans | None = orphans
         self._clock = clock
@@ -44,11 +50,13 @@ class Maintenance:
             await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def sweep(self) -> None:
-        """End what has run out, then remove every blob that is marked for removal; at first also what is orphaned."""
+        """End what has run out, forget what is history, and remove every blob that is marked; at first also orphans."""
         self._note_set_clock()
         now = self._clock.now()
         await self._uploads.expire(now)
         await self._files.forget_expired(now)
+        await self._uploads.forget_ended(now - HISTORY_S)
+        await self._webhooks.forget_ended(now - HISTORY_S)
         await self._remove_blobs()
         if self._orphans is not None:
             await self._orphans.remove()

@@ -131,6 +131,15 @@ class Uploads:
 
         return await self._database.write(write)
 
+    async def forget_ended(self, before: int) -> int:
+        """Forget uploads that have ended, whose time was over at `before`; return how many.
+
+        One that has a part still streaming in is forgotten later.
+        """
+        ended = uploads.c.status != UploadStatus.PENDING.value, uploads.c.expires_at <= before
+        no_part = ~sa.exists().where(upload_parts.c.upload_id == uploads.c.id)
+        return await self._database.write(lambda c: c.execute(uploads.delete().where(*ended, no_part)).rowcount)
+
 
 def digest(part_ids: Sequence[str]) -> str:
     """Return what tells one ordered list of parts from another."""

@@ -29,6 +29,8 @@ from pronghorn.storage.tables import webhook_endpoints as endpoints
 
 # Every event is written once for each endpoint within the transaction that ends a batch.
 ENDPOINTS_PER_ACCOUNT_MAX = 100
+# Old deliveries forgotten in one go: a look at so many rows costs a few milliseconds.
+FORGOTTEN_MAX = 1000
 # A 410 can end very many deliveries; a person who reads the log looks at the endpoint, too.
 _ENDED_BY_410 = "not sent: the receiver had answered 410 Gone, and the endpoint is disabled"
 
@@ -206,6 +208,13 @@ class Webhooks:
             return [Due(delivery, places[delivery.endpoint_id]) for delivery in found]
 
         return await self._database.read(read)
+
+    async def forget_ended(self, before: int) -> int:
+        """Forget deliveries of events up to `before` that have ended, some of the oldest; return how many."""
+        oldest = sa.select(deliveries.c.order).order_by(deliveries.c.order).limit(FORGOTTEN_MAX)
+        ended = deliveries.c.state != DeliveryState.PENDING.value, deliveries.c.event_at <= before
+        statement = deliveries.delete().where(deliveries.c.order.in_(oldest.scalar_subquery()), *ended)
+        return await self._database.write(lambda c: c.execute(statement).rowcount)
 
     async def record(self, delivery: Delivery, verdict: Verdict, now: int) -> bool:
         """Remember how an attempt ended; return False when the delivery is gone or has moved on meanwhile."""
