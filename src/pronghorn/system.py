@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from pronghorn.domain.model import DEFAULT_ACCOUNT
 from pronghorn.engines.base import Engine, EnginePool
 from pronghorn.engines.live import Relay
 from pronghorn.engines.llamacpp import LlamaCppEngine
-from pronghorn.engines.upstream import UpstreamEngine
+from pronghorn.engines.upstream import UpstreamEngine, base_url
 from pronghorn.errors import UsageError
 from pronghorn.executors.local import LocalExecutor
 from pronghorn.ids import Ids, RandomIds
@@ -64,7 +65,14 @@ class System:
 
 
 def build_engines(settings: Settings) -> EnginePool:
-    """Return the engines that the settings name: the upstreams if there are any, else the embedded one."""
+    """Return the engines that the settings name: the upstreams if there are any, else the embedded one.
+
+    Raises UsageError for an upstream that is named twice with the same key: it would get twice its window.
+    """
+    named = Counter((base_url(upstream.url), upstream.api_key_env) for upstream in settings.upstream)
+    for (url, _), times in named.items():
+        if times > 1:
+            raise UsageError(f"upstream {url} is named {times} times")
     engines: list[Engine] = [UpstreamEngine(upstream) for upstream in settings.upstream]
     return EnginePool(engines or [LlamaCppEngine(settings.llamacpp)])
 
