@@ -67,6 +67,20 @@ def test_only_failed_lines_are_retried_with_overrides(server: Server) -> None:
     assert server.await_batch(everything["id"])["request_counts"]["total"] == 3
 
 
+def test_a_retry_that_starts_nothing_leaves_nothing_behind(server: Server) -> None:
+    old = run(server, b"".join(FAILING))
+    path, headers = f"/v1/batches/{old['id']}/retry", {"Idempotency-Key": "retry-1"}
+    first = server.http.post(path, json={}, headers=headers).json()
+    listed = server.http.get("/v1/files", params={"purpose": "batch"}).json()["data"]
+    assert first["input_file_id"] in {file["id"] for file in listed}
+    assert server.http.post(path, json={}, headers=headers).json()["id"] == first["id"]
+    assert server.http.post(path, json={"codes": ["x"]}, headers=headers).status_code == 400
+    assert server.http.post(path, json={"metadata": {"other": "body"}}, headers=headers).status_code == 400
+    assert server.http.get("/v1/files", params={"purpose": "batch"}).json()["data"] == listed
+    server.http.delete(f"/v1/files/{old['output_file_id']}").raise_for_status()  # which removes all that waits for it
+    assert {path.name for path in (server.data_dir / "blobs" / "files").iterdir()} == {file["id"] for file in listed}
+
+
 def test_cancelled_lines_can_be_retried(server: Server) -> None:
     batch_id = server.create_batch(server.upload(batch_input(3000)))["id"]
     server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] > 0)
