@@ -244,7 +244,8 @@ class Replica(msgspec.Struct, frozen=True):
 
     `models` is None when the server has no list of its own: then any name is sent on. `window` is the number of lines
     to send it at once, or None when that has to be found; `slots` is how many of them it runs, the rest being queued,
-    or None when that is not known. Its key is in the environment variable `api_key_env`.
+    or None when that is not known. `sharers` is how many workers send lines to it. Its key is in the environment
+    variable `api_key_env`.
     """
 
     base_url: str
@@ -253,14 +254,15 @@ class Replica(msgspec.Struct, frozen=True):
     window: int | None = None
     slots: int | None = None
     api_key_env: str | None = None
+    sharers: int = 1
 
     def shared_by(self, workers: int) -> Replica:
-        """Return the replica with its stated window and slots divided among so many workers."""
+        """Return the replica as one of so many workers may use it: its stated window and slots are divided."""
 
         def part(of: int | None) -> int | None:
             return None if of is None else max(1, -(-of // workers))
 
-        return msgspec.structs.replace(self, window=part(self.window), slots=part(self.slots))
+        return msgspec.structs.replace(self, window=part(self.window), slots=part(self.slots), sharers=workers)
 
     def answers(self, endpoint: Endpoint, model: str) -> bool:
         """Tell whether lines for `endpoint` that name `model` can be sent here."""

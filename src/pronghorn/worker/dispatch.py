@@ -150,7 +150,7 @@ class Dispatcher:
             self._lanes.append(lane)
         for lane in kept.values():
             self._triage.give_up(lane)
-            self._spawn(lane.client.close())
+            self._spawn(lane.close())
         self.leave_room(self._live)
 
     def leave_room(self, live: dict[str, int]) -> None:
@@ -195,7 +195,7 @@ class Dispatcher:
             task.cancel()
         await self._commit()
         for lane in self._lanes:
-            await lane.client.close()
+            await lane.close()
 
     async def run(self) -> None:
         """Commit and report until cancelled; a failure of the disk, or of ours, ends it, and with it the process."""
@@ -263,7 +263,7 @@ class Dispatcher:
         effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
         verdict = retry.judge(answer, run.endpoint, effort, self._clock.wall(), self._patience)
         refused = retry.shows_overload(answer)
-        lane.window.answered(now, lane.in_flight + lane.live, sent_at=sent_at, refused=refused)
+        lane.window.answered(now, lane.in_flight + lane.live + lane.held, sent_at=sent_at, refused=refused)
         lane.in_flight -= 1
         lane.quiet_since = now
         line.call = None
@@ -282,6 +282,8 @@ class Dispatcher:
                 self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
             case retry.Again() as again:
                 lane.failures_in_a_row += again.costs_attempt
+                if refused:
+                    lane.hold_place(again.wait_s_min)
                 self._try_again(line, again, answer)
             case retry.Pause() as pause:
                 line.charged -= 1
@@ -543,22 +545,27 @@ class Dispatcher:
 
     def _open_lane(self, replica: Replica) -> Lane:
         key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         client = EngineClient(
             replica.base_url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=headers,
             timeouts=Timeouts(total_s=self._config.line_timeout_s, first_byte_s=self._config.line_timeout_s),
             answer_bytes_max=self._config.answer_bytes_max,
         )
-        return Lane(replica, client)
+        lane = Lane(replica, client)
+        if replica.window is None:
+            lane.watching = self._spawn(lane.watch_gauges(headers, self._clock, self.fill))
+        return lane
 
     def _check_drained(self) -> None:
         if not any(lane.in_flight for lane in self._lanes):
             self._drained.set()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background_ended)
+        return task
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)

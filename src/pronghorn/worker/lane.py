@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from pronghorn.clock import Clock
 from pronghorn.domain.breaker import Breaker
 from pronghorn.domain.doubt import Doubt
 from pronghorn.domain.flow import Window
 from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines.client import Call, EngineClient
+from pronghorn.engines.gauges import GaugeReader
 from pronghorn.worker.protocol import Paused
 from pronghorn.worker.shard_run import Line
 
+# An engine without gauges is asked for them ever more rarely: it may be replaced by one that has some.
+NO_GAUGES_WAIT_S = 60.0
+NO_GAUGES_MISSES_MAX = 16
 # Lines that fail one after the other, with no success between: from then on the engine is taken to fail every line.
 FAILURES_IN_A_ROW_MAX = 32
 
@@ -30,10 +37,11 @@ class Lane:
     def __init__(self, replica: Replica, client: EngineClient) -> None:
         self.replica = replica
         self.client = client
-        self.window = Window(fixed=replica.window)
+        self.window = Window(fixed=replica.window, sharers=replica.sharers)
         self.breaker = Breaker()
         self.absent: dict[str, Absence] = {}
         self.in_flight = 0
+        self.held = 0
         self.live = 0
         self.probe: Line | None = None
         self.kept_clear = False
@@ -42,6 +50,13 @@ class Lane:
         self.canary: Call | None = None
         self.asked: tuple[Endpoint, str] | None = None
         self.quiet_since = 0.0
+        self.watching: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Break off what is under way."""
+        if self.watching is not None:
+            self.watching.cancel()
+        await self.client.close()
 
     @property
     def fails_every_line(self) -> bool:
@@ -52,7 +67,8 @@ class Lane:
         if self.kept_clear:
             return 0
         if self.breaker.reason is None and model not in self.absent:
-            return (self._limit_beside_live() if self.live else self.window.limit) - self.in_flight
+            limit = self._limit_beside_live() if self.live else self.window.limit
+            return limit - self.in_flight - self.held
         return self._room_beyond_breakers(now, model)
 
     def admits_probe(self, now: float) -> bool:
@@ -64,6 +80,36 @@ class Lane:
         absence = self.absent.get(model)
         return 0.0 if absence is None else now - absence.since
 
+    def hold_place(self, wait_s: float) -> None:
+        """Keep the place of a refused line for as long as an answer takes, or as the line waits if that is less.
+
+        Were it free at once, quick refusals would crowd out the lines that the engine has room for.
+        """
+        self.held += 1
+        asyncio.get_running_loop().call_later(min(wait_s, self.window.latency_s or wait_s), self._free_place)
+
+    def _free_place(self) -> None:
+        self.held -= 1
+
+    async def watch_gauges(self, headers: Mapping[str, str], clock: Clock, changed: Callable[[], None]) -> None:
+        """Look at the engine's gauges while it has lines, until cancelled; `changed` is called after each look."""
+        reader = GaugeReader(self.replica.base_url, headers)
+        misses = 0
+        try:
+            while True:
+                await asyncio.sleep(min(NO_GAUGES_WAIT_S, self.window.gauge_interval_s * 2**misses))
+                if not self.in_flight:
+                    continue
+                gauges = await reader.read(self.in_flight)
+                if gauges is None:
+                    misses = min(misses + 1, NO_GAUGES_MISSES_MAX)
+                else:
+                    misses = 0
+                    self.window.gauged(clock.monotonic(), gauges, self.in_flight)
+                    changed()
+        finally:
+            await reader.close()
+
     def paused(self) -> list[Paused]:
         """Return what is paused here and why."""
         url = self.replica.base_url
@@ -74,7 +120,7 @@ class Lane:
         absence = self.absent.get(model)
         breakers = [self.breaker] if absence is None else [self.breaker, absence.breaker]
         if all(breaker.reason is None for breaker in breakers):
-            return self.window.limit - self.in_flight
+            return self.window.limit - self.in_flight - self.held
         return int(self.admits_probe(now) and all(breaker.admits_probe(now) for breaker in breakers))
 
     def _limit_beside_live(self) -> int:

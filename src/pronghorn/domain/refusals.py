@@ -1,0 +1,73 @@
+"""What refusals (429, 503, 504, 529, timeouts) say about the number of lines in flight.
+
+Those that its size causes all but vanish when it shrinks. Those that come anyway do not, and then the lines in flight
+are given back; from then on such a share of refusals is taken as usual.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# So many refusals are weighed at once: fewer say too little about how frequent they are.
+REFUSALS_WEIGHED = 8
+# The most that is taken away at once.
+DECREASE = 0.7
+# Up to this share of all answers, refusals show that a limit is used up, which is as it should be.
+REFUSED_SHARE_FINE = 0.05
+# From this share on, refusals are overload, whatever shrinking has done so far.
+REFUSED_SHARE_MAX = 0.5
+# What is given back in a round with few refusals.
+RECOVERY = 0.05
+# What shrinking leaves of the share of refusals that the size caused; the rest is chance.
+REMAINING_SHARE = 0.3
+ABOVE_USUAL = 2.0
+
+
+class _Shrunk(NamedTuple):
+    """The limit before it began to shrink, and the share of refusals then."""
+
+    limit: int
+    share: float
+
+    def came_anyway(self, limit: int, share: float) -> bool:
+        """Tell from the share that is left at a smaller limit that refusals have another cause than the size."""
+        low_enough = limit <= self.limit * (1 - self.share)
+        return low_enough and self.share * REMAINING_SHARE < share <= REFUSED_SHARE_MAX
+
+
+class Refusals:
+    """Weighs refusals against all answers, a few at a time."""
+
+    def __init__(self) -> None:
+        self._shrunk: _Shrunk | None = None
+        self._usual_share = 0.0
+        self._ceiling = 0
+
+    def recovering(self, limit: int) -> bool:
+        """Tell whether the limit has been taken below what it was, and not given back yet."""
+        return limit < self._ceiling
+
+    def recovered(self, limit: int, share: float) -> int:
+        """Return the limit that follows from a round's share of refusals while recovering."""
+        if share > self._fine():
+            return limit
+        return min(self._ceiling, limit + max(1, round(limit * RECOVERY)))
+
+    def weigh(self, limit: int, share: float) -> int:
+        """Return the limit that follows from the share of refusals under the present one."""
+        if share <= self._fine():
+            self._usual_share += (share - self._usual_share) / 4
+            self._shrunk = None
+            return limit
+        if self._shrunk is not None and self._shrunk.came_anyway(limit, share):
+            before, self._shrunk = self._shrunk.limit, None
+            self._ceiling = 0
+            self._usual_share = max(self._usual_share, share)
+            return before
+        if self._shrunk is None or share <= self._shrunk.share * REMAINING_SHARE:
+            self._shrunk = _Shrunk(limit, share)
+        self._ceiling = max(self._ceiling, limit)
+        return max(1, int(limit * max(DECREASE, 1 - share + REFUSED_SHARE_FINE)))
+
+    def _fine(self) -> float:
+        return max(REFUSED_SHARE_FINE, min(REFUSED_SHARE_MAX, self._usual_share * ABOVE_USUAL))
