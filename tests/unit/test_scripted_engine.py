@@ -18,6 +18,7 @@ import msgspec
 import openai
 import pytest
 
+from pronghorn.engines.gauges import parse_metrics
 from pronghorn.engines.scripted import (
     ALL_KINDS,
     TRANSIENT_KINDS,
@@ -27,7 +28,7 @@ from pronghorn.engines.scripted import (
     start,
 )
 from pronghorn.engines.scripted.answers import echo
-from pronghorn.engines.scripted.capacity import Load, Pace, RateLimit, Refuse, Slots, Start, Wait
+from pronghorn.engines.scripted.capacity import Demand, Dip, Load, Pace, RateLimit, Refuse, Slots, Start, Wait
 from pronghorn.engines.scripted.connection import CRASH_EXIT_CODE
 from pronghorn.engines.scripted.faults import FaultPlan, MarkerError, fault_reply, read_marker
 from pronghorn.engines.scripted.ledger import Ledger
@@ -705,14 +706,45 @@ async def test_beyond_the_rate_limit_it_answers_429_with_retry_after(start_engin
 
 def test_the_rate_limit_refills_with_time():
     limit = RateLimit(Pace(0, 0), rate=2)
-    at = [limit.admit(1, Load(), now_s) for now_s in (0.0, 0.0, 0.0, 0.5, 0.5)]
+    at = [limit.admit(Demand(0, 1), Load(), now_s) for now_s in (0.0, 0.0, 0.0, 0.5, 0.5)]
     assert at == [Start(0), Start(0), Refuse(0.5), Start(0), Refuse(0.5)]
 
 
 def test_slots_decide_by_what_is_running():
     slots = Slots(Pace(base_s=1, token_s=0.5), slots=2)
-    assert slots.admit(4, Load(running=1), 0) == Start(3)
-    assert slots.admit(4, Load(running=2), 0) == Wait()
+    assert slots.admit(Demand(0, 4), Load(running=1), 0) == Start(3)
+    assert slots.admit(Demand(0, 4), Load(running=2), 0) == Wait()
+
+
+def test_half_of_the_slots_are_missing_for_a_while():
+    slots = Slots(Pace(1, 0), slots=4, dip=Dip(at_s=10, for_s=5))
+    served = [isinstance(slots.admit(Demand(0, 1), Load(running=2), now_s), Start) for now_s in (100, 109, 110, 115)]
+    assert served == [True, True, False, True]
+
+
+def test_a_line_whose_tokens_do_not_fit_waits_unless_it_is_alone():
+    memory = Slots(Pace(1, 0), slots=4, kv_tokens_max=100)
+    assert memory.admit(Demand(60, 1), Load(running=1, kv_tokens=50), 0) == Wait()
+    assert memory.admit(Demand(40, 1), Load(running=1, kv_tokens=50), 0) == Start(1)
+    assert memory.admit(Demand(600, 1), Load(), 0) == Start(1)
+
+
+async def test_where_memory_is_full_the_youngest_line_waits_again_and_goes_on_later(start_engine, http):
+    engine = await start_engine(capacity="kv", slots=8, kv_tokens=200, token_ms=1)
+    lines = [chat_body(f"line {n} [[scripted tokens=100]]") for n in range(4)]
+    answers = await asyncio.gather(*(ask(http, engine, line) for line in lines))
+    assert {status for status, _ in answers} == {200}
+    async with http.get(engine.origin + "/metrics") as reply:
+        gauges = parse_metrics(await reply.read())
+    assert gauges is not None
+    assert gauges.preemptions > 0
+    assert engine.floor.load == Load(preemptions=gauges.preemptions)
+
+
+async def test_an_engine_may_keep_its_gauges_to_itself(start_engine, http):
+    engine = await start_engine(gauges=False)
+    async with http.get(engine.origin + "/metrics") as reply:
+        assert reply.status == 404
 
 
 # The ledger

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import httptools
 import msgspec
 
-from pronghorn.engines.scripted.capacity import Refuse, Visit
+from pronghorn.engines.scripted.capacity import Demand, Refuse, Visit
 from pronghorn.engines.scripted.ledger import Entry
 from pronghorn.engines.scripted.replies import Reply, encode_head, envelope, invalid_request
 from pronghorn.engines.scripted.requests import Endpoint
@@ -29,6 +29,9 @@ PIPELINE_MAX = 64
 """Requests that may queue on one connection behind the one in progress; a client that sends more is cut off."""
 
 TRICKLE_PIECES = 16
+
+PROMPT_BYTES_PER_TOKEN = 4
+"""A token is about four bytes of English."""
 
 LINE_PATHS = {endpoint.value: endpoint for endpoint in Endpoint}
 
@@ -247,7 +250,8 @@ class Exchange:
         if self._verdict.tokens is None:
             self._deliver()
             return
-        taken = self._engine.floor.arrive(self._verdict.tokens, self._deliver)
+        demand = Demand(len(self._request.body) // PROMPT_BYTES_PER_TOKEN, self._verdict.tokens)
+        taken = self._engine.floor.arrive(demand, self._deliver)
         if isinstance(taken, Refuse):
             reply = _too_many_requests(taken.retry_after_s)
             self._settle(reply.status, ok=False)

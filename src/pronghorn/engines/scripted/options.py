@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from pronghorn.engines.scripted.faults import TRANSIENT_KINDS, FaultKind
 
-CapacityName = Literal["unlimited", "slots", "rate_limit"]
+CapacityName = Literal["unlimited", "slots", "kv", "rate_limit"]
 
 
 class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,11 +35,26 @@ class ScriptedOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     capacity: Annotated[
         CapacityName,
-        Meta(description="Model of the server: unlimited, slots (queue beyond them), rate_limit (429 beyond it)."),
+        Meta(
+            description="Model of the server: unlimited, slots (queue beyond them), kv (slots whose tokens share a "
+            "memory; where it is full, the youngest line waits again), rate_limit (429 beyond it)."
+        ),
     ] = "unlimited"
     latency_ms: Annotated[float, Meta(ge=0, description="Time that every answer takes, in milliseconds.")] = 0.0
     token_ms: Annotated[float, Meta(ge=0, description="Time added for each output token, in milliseconds.")] = 0.0
-    slots: Annotated[int, Meta(ge=1, description="Lines served at once, with capacity slots.")] = 16
+    slots: Annotated[int, Meta(ge=1, description="Lines served at once, with capacity slots or kv.")] = 16
+    kv_tokens: Annotated[
+        int,
+        Meta(ge=1, description="Tokens in memory, prompts (four bytes each) and answers so far, with capacity kv."),
+    ] = 16_384
+    dip_at_s: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        Meta(description="Halve the slots so many seconds after the first line; unset never does."),
+    ] = None
+    dip_s: Annotated[float, Meta(gt=0, description="Give the slots back after so many seconds.")] = 60.0
+    gauges: Annotated[
+        bool, Meta(description="Offer vLLM's gauges at /metrics; without them the engine is a black box.")
+    ] = True
     requests_per_s: Annotated[
         float, Meta(gt=0, description="Lines accepted a second, with capacity rate_limit; the burst is one second's.")
     ] = 100.0

@@ -41,7 +41,8 @@ class ScriptedEngine:
         self.clock = clock
         self.loop = loop
         self.judge = Judge(options)
-        self.floor = Floor(capacity_of(options), loop)
+        self._capacity = capacity_of(options)
+        self.floor = Floor(self._capacity, loop, options.token_ms / 1000)
         self._connections: set[Connection] = set()
         self._all_closed = asyncio.Event()
         self._all_closed.set()
@@ -119,12 +120,15 @@ class ScriptedEngine:
         return invalid_request(f"Unknown path: {request.method} {request.path}", status=404, code="unknown_url")
 
     def _metrics(self) -> Reply:
+        if not self.options.gauges:
+            return invalid_request("There are no gauges.", status=404, code="unknown_url")
         load = self.floor.load
         lines: list[str] = []
         for name, kind, value in (
             ("num_requests_running", "gauge", load.running),
             ("num_requests_waiting", "gauge", load.waiting),
             ("num_preemptions_total", "counter", load.preemptions),
+            ("kv_cache_usage_perc", "gauge", load.kv_tokens / self._capacity.kv_tokens_max),
         ):
             labels = f'engine="0",model_name="{self.options.models[0]}"'
             lines += [f"# TYPE vllm:{name} {kind}", f"vllm:{name}{{{labels}}} {float(value)}"]
