@@ -55,6 +55,15 @@ lint: install ## Check style, types and layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+.PHONY: bench-tools
+bench-tools: ## Install the Debian packages that the benchmarks need (root)
+	@for tool in nginx wrk; do PATH="$$PATH:/usr/sbin" command -v $$tool >/dev/null || missing=$$tool; done; \
+	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q nginx-light wrk; }
+
+.PHONY: bench-dispatch
+bench-dispatch: install bench-tools ## Measure how fast lines go through one worker on one core, in half a minute
+	$(BIN)/python -m bench.dispatch
+
 .PHONY: bench-embedded
 bench-embedded: install ## Compare the whole pipeline with a bare client on the embedded engine
 	$(BIN)/python bench/embedded.py
