@@ -64,6 +64,10 @@ bench-tools: ## Install the Debian packages that the benchmarks need (root)
 bench-dispatch: install bench-tools ## Measure how fast lines go through one worker on one core, in half a minute
 	$(BIN)/python -m bench.dispatch
 
+.PHONY: bench-stages
+bench-stages: install bench-tools ## Show where the microseconds of a line go, stage by stage
+	$(BIN)/python -m bench.stages
+
 .PHONY: bench-embedded
 bench-embedded: install ## Compare the whole pipeline with a bare client on the embedded engine
 	$(BIN)/python bench/embedded.py
