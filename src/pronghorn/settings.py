@@ -59,6 +59,9 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         tuple[UpstreamSettings, ...], Meta(description="servers to send lines to; the embedded engine when empty")
     ] = ()
     llamacpp: Annotated[LlamaCppSettings, Meta(description="the embedded engine")] = LlamaCppSettings()
+    prompt_order: Annotated[
+        bool, Meta(description="send lines whose prompts begin alike one after the other, not in the order of the file")
+    ] = True
     workers: Annotated[int, Meta(ge=1, le=64, description="worker processes that send lines")] = 1
     line_bytes_max: Annotated[int, Meta(ge=1024, description="longest input line, in bytes")] = LINE_BYTES_MAX
     line_timeout_s: Annotated[float, Meta(gt=0, description="longest time an engine may take for one line")] = 3600.0

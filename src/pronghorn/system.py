@@ -118,6 +118,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 line_timeout_s=settings.line_timeout_s,
                 refused_pause_s=settings.refused_pause_s,
                 model_grace_s=settings.model_grace_s,
+                prompt_order=settings.prompt_order,
             ),
             workers=settings.workers,
             batch_ended=courier.wake,

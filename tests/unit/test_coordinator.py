@@ -56,7 +56,7 @@ async def coordinator(metadata: Metadata, database: Database, directory: Path) -
     blobs = await asyncio.to_thread(Blobs, directory / "blobs")
     segments = Segments(directory / "segments")
     bounds: dict[str, Any] = {"line_bytes_max": 1024, "answer_bytes_max": 1024, "line_timeout_s": 1.0}
-    bounds |= {"refused_pause_s": 1.0, "model_grace_s": 1.0}
+    bounds |= {"refused_pause_s": 1.0, "model_grace_s": 1.0, "prompt_order": True}
     return Coordinator(
         metadata=metadata,
         files=files,

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 from pronghorn.domain.causes import Cause
-from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, OnInvalid, Tally
+from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, OnInvalid, Progress, Tally, Usage
 from pronghorn.domain.planning import Census, Plan, Rejection
 from pronghorn.domain.validation import is_too_deep
 from pronghorn.engines.base import ModelInfo
@@ -97,12 +97,17 @@ class BatchUsage(BaseModel):
 
 
 class BatchProgress(BaseModel):
-    """An extension: how fast a running batch moves, when it should end, and why it stands still if it does."""
+    """An extension: how fast a running batch moves, when it should end, and why it stands still if it does.
+
+    Prompt tokens are those of successful answers: what the engine had in its cache, and what it had to compute.
+    """
 
     lines_per_second: float | None
     tokens_per_second: float | None
     eta_seconds_min: float | None
     eta_seconds_max: float | None
+    cached_prompt_tokens: int
+    computed_prompt_tokens: int
     reason: str | None
     stalled_since: int | None
 
@@ -381,7 +386,7 @@ def batch_object(batch: Batch) -> BatchObject:
         job_id=batch.job_id,
         on_invalid=batch.on_invalid,
         retry_of=batch.retry_of,
-        progress=None if batch.progress is None else BatchProgress(**msgspec.structs.asdict(batch.progress)),
+        progress=None if batch.progress is None else _progress(batch.progress, batch.tally.usage),
         error_summary=None if batch.causes is None else [error_cause(cause) for cause in batch.causes],
         **msgspec.structs.asdict(batch.stamps),
     )
@@ -420,6 +425,14 @@ def batch_check(outcome: Plan | Rejection, census: Census) -> BatchCheck:
 def job_object(job: Job) -> JobObject:
     """Return a job as it goes on the wire."""
     return JobObject(id=job.id, name=job.name, weight=job.weight, created_at=job.created_at)
+
+
+def _progress(progress: Progress, usage: Usage) -> BatchProgress:
+    return BatchProgress(
+        cached_prompt_tokens=usage.cached_tokens,
+        computed_prompt_tokens=max(0, usage.input_tokens - usage.cached_tokens),
+        **msgspec.structs.asdict(progress),
+    )
 
 
 def _usage(tally: Tally) -> BatchUsage:

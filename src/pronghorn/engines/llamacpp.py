@@ -33,8 +33,6 @@ SLOTS_MAX = 64
 MEMORY_SHARE = 0.25
 BYTES_PER_CONTEXT_TOKEN = 24 * 1024
 EMBEDDING_SLOTS = 4
-# A line in the socket for every few that run, so that a free slot is filled at once.
-WINDOW_PER_SLOT = 1.25
 LOAD_TIMEOUT_S = 300.0
 RESTART_WAIT_S_MAX = 30.0
 
@@ -91,7 +89,9 @@ class _Server:
             base_url=f"http://127.0.0.1:{options.port}/v1",
             endpoints=endpoints,
             models=names,
-            window=max(options.slots + 1, round(options.slots * WINDOW_PER_SLOT)),
+            # A line that waits at the engine takes whichever slot is free next, not the one that has its prompt; only
+            # embeddings keep no prompts.
+            window=options.slots + options.embeddings,
             slots=options.slots,
         )
         self._options = options

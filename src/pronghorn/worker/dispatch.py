@@ -31,6 +31,7 @@ from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
 from pronghorn.worker import results
 from pronghorn.worker.lane import Absence, Lane
+from pronghorn.worker.neighbours import next_line
 from pronghorn.worker.protocol import (
     Assign,
     Broken,
@@ -162,7 +163,8 @@ class Dispatcher:
 
     def assign(self, order: Assign) -> None:
         """Start a shard; its end is reported as Done or Broken."""
-        run = ShardRun(order, self._segments, partial(self._shard_moved, order.shard.key))
+        moved = partial(self._shard_moved, order.shard.key)
+        run = ShardRun(order, self._segments, moved, prompt_order=self._config.prompt_order)
         self._runs[run.key] = run
         self._spawn(self._start(run))
 
@@ -223,7 +225,7 @@ class Dispatcher:
             self._run_suspects(now)
         for run in list(self._runs.values()):
             while run.ready and (lane := self._roomiest(run, now)) is not None:
-                self._send(run.take(), lane, now)
+                self._send(next_line(lane, run, self._runs.values()), lane, now)
             self._note_sent(run)
 
     def _roomiest(self, run: ShardRun, now: float) -> Lane | None:
@@ -231,7 +233,7 @@ class Dispatcher:
 
         While lines wait to be tried again, an engine that fails every line gets no new ones to spoil.
         """
-        new = self._waiting > 0 and run.ready[0].tries == 0
+        new = self._waiting > 0 and run.ready.next_is_new
         if new and self._waiting >= WAITING_LINES_MAX:
             return None
         best, best_room = None, 0
@@ -266,6 +268,8 @@ class Dispatcher:
         lane.window.answered(now, lane.in_flight + lane.live + lane.held, sent_at=sent_at, refused=refused)
         lane.in_flight -= 1
         lane.quiet_since = now
+        if lane.replica.slots is not None:
+            lane.prompt = line.prompt
         line.call = None
         if lane.probe is line:
             lane.probe = None
@@ -432,7 +436,7 @@ class Dispatcher:
 
     def _give_up_if_closing(self, run: ShardRun) -> None:
         while run.closing is not None and run.ready:
-            line = run.take()
+            line = run.took(run.ready.take())
             if run.closing is Closing.EXPIRED and line.or_else is not None:
                 failure, answer = line.or_else
                 self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
@@ -446,7 +450,7 @@ class Dispatcher:
         missing = run.shard.lines - len(run.places) - len(known)
         numbers = (n for n in itertools.count(run.shard.first_line) if n not in run.places and n not in known)
         for number in list(itertools.islice(numbers, missing)):
-            line = Line(run, number, b"null", b"")
+            line = Line(run, number, b"null")
             self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, closing))
         run.all_read = True
         self._shard_moved(run.key)

@@ -43,6 +43,7 @@ class Lane:
         self.in_flight = 0
         self.held = 0
         self.live = 0
+        self.prompt: bytes | None = None
         self.probe: Line | None = None
         self.kept_clear = False
         self.failures_in_a_row = 0

@@ -18,6 +18,7 @@ class Configure(msgspec.Struct, tag=True, frozen=True):
     line_timeout_s: float
     refused_pause_s: float
     model_grace_s: float
+    prompt_order: bool
 
 
 class UseReplicas(msgspec.Struct, tag=True, frozen=True):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
 from pronghorn.domain.answers import Answer
 from pronghorn.domain.model import BlobRef, Closing, Endpoint, Shard, ShardKey, Tally, Usage
+from pronghorn.domain.order import PromptQueue, prompt_offset
 from pronghorn.domain.planning import LineSplitter, RawLine
 from pronghorn.domain.retry import Failure
 from pronghorn.engines.client import Call
@@ -35,29 +35,34 @@ class Line:
     """A line on its way to its outcome.
 
     `tries` counts how often it was sent, `charged` those that use up its attempts, `deaths` the engine's ends that it
-    was part of. `or_else` is its outcome if time runs out, with the answer that it would show.
+    was part of. `or_else` is its outcome if time runs out, with the answer that it would show. `prompt` is its body
+    from where the prompt begins, which decides on its place among others.
     """
 
     __slots__ = (
         "alone",
         "alone_deaths",
-        "body",
+        "before_prompt",
         "call",
         "charged",
         "custom_id",
         "deaths",
         "number",
         "or_else",
+        "prompt",
         "run",
         "timer",
         "tries",
     )
 
-    def __init__(self, run: ShardRun, number: int, custom_id: bytes, body: bytes) -> None:
+    def __init__(
+        self, run: ShardRun, number: int, custom_id: bytes, before_prompt: bytes = b"", prompt: bytes = b""
+    ) -> None:
         self.run = run
         self.number = number
         self.custom_id = custom_id
-        self.body = body
+        self.before_prompt = before_prompt
+        self.prompt = prompt
         self.tries = 0
         self.charged = 0
         self.deaths = 0
@@ -68,6 +73,10 @@ class Line:
         self.or_else: tuple[Failure, Answer | None] | None = None
 
     @property
+    def body(self) -> bytes:
+        return self.before_prompt + self.prompt
+
+    @property
     def identity(self) -> tuple[str, int, bytes]:
         return self.run.key.batch_id, self.number, self.custom_id
 
@@ -75,14 +84,14 @@ class Line:
 class ShardRun:
     """One attempt at a shard: `ready` to be sent, `pending` until their outcome, recorded at `places`."""
 
-    def __init__(self, order: Assign, segments: Segments, on_change: Callable[[], None]) -> None:
+    def __init__(self, order: Assign, segments: Segments, on_change: Callable[[], None], *, prompt_order: bool) -> None:
         self.shard: Shard = order.shard
         self.blobs: list[BlobRef] = order.blobs
         self.endpoint: Endpoint = order.endpoint
         self.model: str = order.model
         self.closing: Closing | None = order.closing
         self.rejects = {reject.line: reject for reject in order.shard.rejects}
-        self.ready: deque[Line] = deque()
+        self.ready: PromptQueue[Line] = PromptQueue()
         self.pending: set[Line] = set()
         self.places: dict[int, Place] = {}
         self.counter = Counter()
@@ -90,10 +99,12 @@ class ShardRun:
         self.durable = Tally()
         self.moved = True
         self.sent = False
+        self.passed_over = 0
         self.segment: SegmentWriter | None = None
         self._lines_read = 0
         self._segments = segments
         self._on_change = on_change
+        self._prompt_order = prompt_order
         self._room = asyncio.Event()
 
     @property
@@ -132,9 +143,8 @@ class ShardRun:
         self.places[outcome.line] = self.segment.append(outcome)
         self.counter.add(outcome.fate, outcome.usage)
 
-    def take(self) -> Line:
-        """Return the next ready line, pending from now on."""
-        line = self.ready.popleft()
+    def took(self, line: Line) -> Line:
+        """Note that a ready line has been taken: it is pending from now on."""
         self.pending.add(line)
         if len(self.ready) < READ_AHEAD_LINES:
             self._room.set()
@@ -143,9 +153,12 @@ class ShardRun:
     def put_back(self, line: Line) -> None:
         """Make a pending line the next ready one."""
         self.pending.discard(line)
-        self.ready.appendleft(line)
+        self.ready.put_back(line)
 
     def _add(self, lines: Iterable[RawLine]) -> None:
+        self.ready.add(self._unrecorded(lines))
+
+    def _unrecorded(self, lines: Iterable[RawLine]) -> Iterator[Line]:
         for raw in lines:
             if raw.content == b"":
                 continue
@@ -160,7 +173,9 @@ class ShardRun:
                 line = _decode_line(raw.content or b"")
             except (msgspec.DecodeError, RecursionError) as error:
                 raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
-            self.ready.append(Line(self, raw.number, bytes(line.custom_id), bytes(line.body)))
+            body = bytes(line.body)
+            prompt_at = prompt_offset(body, self.endpoint) if self._prompt_order else len(body)
+            yield Line(self, raw.number, bytes(line.custom_id), body[:prompt_at], body[prompt_at:])
 
     async def _wait_for_room(self) -> None:
         self._on_change()
