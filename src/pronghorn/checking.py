@@ -52,6 +52,7 @@ class InputChecker:
             Rules(batch.endpoint, partial(self._engines.answers, batch.endpoint)),
             line_bytes_max=self._line_bytes_max,
             on_invalid=batch.on_invalid,
+            deduplicate=batch.deduplicate,
             census=census,
         )
         try:

@@ -7,11 +7,13 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from pronghorn.domain.duplicates import Bodies
 from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import (
     Batch,
@@ -19,9 +21,11 @@ from pronghorn.domain.model import (
     BatchStatus,
     BlobRef,
     Closing,
+    Copy,
     Endpoint,
     File,
     Job,
+    Parts,
     Shard,
     ShardKey,
     ShardResult,
@@ -322,6 +326,34 @@ async def test_a_started_batch_has_its_shards_in_order(metadata: Metadata) -> No
     ]
     assert await metadata.claim_shard("batch_1") is None
     assert await metadata.claim_shard("batch_unheard") is None
+
+
+async def test_a_started_batch_knows_its_copies(metadata: Metadata) -> None:
+    bodies = Bodies()
+    for line, body in enumerate((b"a", b"b", b"a", b"b", b"a"), 1):
+        bodies.add(line, body)
+    asked = await metadata.add_batch(msgspec.structs.replace(batch(), deduplicate=True))
+    await metadata.start_batch(asked, plan(3, lines=2)._replace(originals=bodies.originals()), 11)
+    started = await found(metadata, "batch_1")
+    assert (started.deduplicate, started.copies) == (True, 3)
+    assert [(await claim(metadata)).copies for _ in range(3)] == [
+        [],
+        [Copy(3, 1, 0), Copy(4, 2, 0)],
+        [Copy(5, 1, 0)],
+    ]
+
+
+async def test_the_parts_of_done_shards_are_found_by_position(metadata: Metadata) -> None:
+    await running(metadata, 1500)
+    shards = [await claim(metadata) for _ in range(3)]
+    await metadata.commit_shard(shards[0].key, 1, result(output=3))
+    await metadata.commit_shard(shards[2].key, 1, result(errors=4))
+    assert await metadata.parts_of("batch_1", range(1500)) == {
+        0: Parts(BlobRef("part.output", 3), None),
+        2: Parts(None, BlobRef("part.errors", 4)),
+    }
+    assert await metadata.parts_of("batch_1", [1, 1499]) == {}
+    assert await metadata.parts_of("batch_unheard", [0]) == {}
 
 
 async def test_a_batch_may_have_more_shards_than_one_statement_takes(metadata: Metadata) -> None:

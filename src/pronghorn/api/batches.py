@@ -102,6 +102,7 @@ def routes(
             expires_at=None if window_s is None else now + window_s,
             metadata=body.metadata,
             on_invalid=OnInvalid(body.on_invalid),
+            deduplicate=body.deduplicate,
             output_expires_after_s=body.output_expires_after.seconds if body.output_expires_after else None,
         )
 

@@ -112,6 +112,7 @@ def routes(
             expires_at=None if window_s is None else now + window_s,
             metadata=old.metadata if body.metadata is None else body.metadata,
             on_invalid=old.on_invalid,
+            deduplicate=old.deduplicate,
             retry_of=old.id,
             output_expires_after_s=old.output_expires_after_s,
         )

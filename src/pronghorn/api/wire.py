@@ -123,7 +123,10 @@ class ErrorCause(BaseModel):
 
 
 class BatchObject(BaseModel):
-    """A batch: OpenAI's object, the job it runs under, and our extensions."""
+    """A batch: OpenAI's object, the job it runs under, and our extensions.
+
+    `duplicate_bodies` counts the lines that are not run because an earlier one has their body.
+    """
 
     id: str
     object: Literal["batch"] = "batch"
@@ -149,6 +152,8 @@ class BatchObject(BaseModel):
     metadata: dict[str, str] | None
     job_id: str
     on_invalid: OnInvalid
+    deduplicate: bool
+    duplicate_bodies: int | None
     retry_of: str | None
     progress: BatchProgress | None
     error_summary: list[ErrorCause] | None
@@ -292,6 +297,7 @@ class CreateBatch(Request):
     job_id: str | None = None
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
+    deduplicate: Annotated[bool, Field(description="Run lines with byte-identical bodies once.")] = False
     on_invalid: Annotated[Literal["fail", "skip"], Field(description="What bad lines do to the batch.")] = "fail"
 
     @field_validator("input_file_id")
@@ -385,6 +391,8 @@ def batch_object(batch: Batch) -> BatchObject:
         metadata=batch.metadata,
         job_id=batch.job_id,
         on_invalid=batch.on_invalid,
+        deduplicate=batch.deduplicate,
+        duplicate_bodies=batch.copies if batch.deduplicate else None,
         retry_of=batch.retry_of,
         progress=None if batch.progress is None else _progress(batch.progress, batch.tally.usage),
         error_summary=None if batch.causes is None else [error_cause(cause) for cause in batch.causes],

@@ -52,6 +52,7 @@ def run(
     errors_path: Annotated[
         Path | None, typer.Option("--errors", "-e", metavar="FILE", help="Where failed lines go.")
     ] = None,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Run lines with identical bodies once.")] = False,
     upstream: Upstream = None,
     config: Config = None,
     data_dir: Annotated[
@@ -67,7 +68,7 @@ def run(
 
     paths = command.Paths(input_path, output_path, errors_path)
     settings = settings_from(config, data_dir=data_dir or command.state_dir(paths), upstream=upstream)
-    raise typer.Exit(command.run(paths, settings))
+    raise typer.Exit(command.run(paths, settings, deduplicate=deduplicate))
 
 
 @app.command()

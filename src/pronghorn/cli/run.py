@@ -67,13 +67,13 @@ def state_dir(paths: Paths) -> Path:
     return default_data_dir() / "runs" / hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-def run(paths: Paths, settings: Settings) -> int:
+def run(paths: Paths, settings: Settings, *, deduplicate: bool = False) -> int:
     """Run a file's lines and return the exit status."""
     if not paths.input.is_file():
         raise UsageError(f"there is no file {paths.input}")
     _check_targets(paths)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
-    status = uvloop.run(_run(paths, settings))
+    status = uvloop.run(_run(paths, settings, deduplicate))
     if status in (SUCCEEDED, SOME_FAILED, INVALID) and Path(settings.data_dir) == state_dir(paths):
         shutil.rmtree(settings.data_dir)
     return status
@@ -91,13 +91,13 @@ def _check_targets(paths: Paths) -> None:
             raise UsageError(f"there is no directory {target.parent} to write {target.name} to")
 
 
-async def _run(paths: Paths, settings: Settings) -> int:
+async def _run(paths: Paths, settings: Settings, deduplicate: bool) -> int:
     stop = _stop_on_signal()
     async with running(settings) as system:
         state = Path(settings.data_dir) / "run.json"
         batch = await _resumed(system, paths, state)
         await _give_up_others(system, batch)
-        batch = batch or await _begin(system, paths, state)
+        batch = batch or await _begin(system, paths, state, deduplicate)
         batch = await _watch(system, batch, stop)
         if batch.status not in TERMINAL:
             print("pronghorn: stopped; the same command goes on from here", file=sys.stderr)
@@ -145,7 +145,7 @@ async def _give_up_others(system: System, resumed: Batch | None) -> None:
     system.coordinator.wake()
 
 
-async def _begin(system: System, paths: Paths, state: Path) -> Batch:
+async def _begin(system: System, paths: Paths, state: Path, deduplicate: bool) -> Batch:
     now = system.clock.now()
     if await system.metadata.job(JOB_ID, DEFAULT_ACCOUNT) is None:
         await system.metadata.add_job(Job(JOB_ID, DEFAULT_ACCOUNT, "run", 1, now))
@@ -166,6 +166,7 @@ async def _begin(system: System, paths: Paths, state: Path) -> Batch:
             stamps=BatchStamps(created_at=now),
             expires_at=None,
             metadata=None,
+            deduplicate=deduplicate,
         )
     )
     system.coordinator.wake()
@@ -285,6 +286,8 @@ async def _deliver(system: System, batch: Batch, paths: Paths) -> int:
     tally = batch.tally
     unsuccessful = tally.failed + tally.unrun
     where = f"; the {unsuccessful} others are in {errors}" if unsuccessful else ""
+    if batch.copies:
+        print(f"pronghorn: {batch.copies} lines were not run because earlier ones have their bodies", file=sys.stderr)
     print(f"pronghorn: {tally.completed} of {batch.total} lines succeeded: {paths.output}{where}", file=sys.stderr)
     return SOME_FAILED if unsuccessful else SUCCEEDED
 

@@ -17,7 +17,19 @@ from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Rout
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
 from pronghorn.domain.fairness import Candidate, FairShare
-from pronghorn.domain.model import Batch, BatchStatus, BlobRef, Closing, Job, Progress, Replica, ShardKey, Tally
+from pronghorn.domain.model import (
+    Batch,
+    BatchStatus,
+    BlobRef,
+    Closing,
+    Job,
+    Parts,
+    Progress,
+    Replica,
+    Shard,
+    ShardKey,
+    Tally,
+)
 from pronghorn.domain.progress import Pace
 from pronghorn.engines.base import EnginePool
 from pronghorn.errors import Fenced, StorageError
@@ -25,7 +37,7 @@ from pronghorn.executors.base import Executor
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
-from pronghorn.worker.protocol import Assign, Broken, Close, Configure, Done, Moved, Paused, Ready, Report, Sent
+from pronghorn.worker.protocol import Aside, Assign, Broken, Close, Configure, Done, Moved, Paused, Ready, Report, Sent
 
 log = logging.getLogger("pronghorn.coordinator")
 
@@ -42,6 +54,14 @@ BROKEN_WAIT_S = 5.0
 
 
 @dataclass(slots=True)
+class _Aside:
+    """A shard that lacks nothing but copies of lines in shards that are not done: it belongs to no worker meanwhile."""
+
+    epoch: int
+    missing: set[int]
+
+
+@dataclass(slots=True)
 class _Open:
     """A planned batch that has not ended: what is done, what is under way."""
 
@@ -53,6 +73,7 @@ class _Open:
     pace: Pace
     live: dict[ShardKey, Tally] = field(default_factory=dict)
     waiting: bool = True
+    aside: dict[ShardKey, _Aside] = field(default_factory=dict)
     held_until: float = 0.0
     broken: str | None = None
     shown: tuple[Tally, Progress | None] = (Tally(), None)
@@ -189,6 +210,11 @@ class Coordinator:
                         batch.live[shard.key] = shard.tally
             case Done(key, epoch):
                 await self._commit(member, report)
+            case Aside(key, epoch, missing):
+                done = await self._metadata.parts_of(key.batch_id, missing)
+                member.held.pop(key, None)
+                if batch := self._open.get(key.batch_id):
+                    batch.aside[key] = _Aside(epoch, set(missing) - done.keys())
             case Broken(key, epoch, reason):
                 log.error("shard %d of %s: %s", key.position, key.batch_id, reason)
                 await self._take_back(member, key, epoch)
@@ -209,6 +235,16 @@ class Coordinator:
             batch.done += done.result.tally
             batch.unfinished -= 1
             batch.broken = None
+            for aside in batch.aside.values():
+                aside.missing.discard(done.key.position)
+
+    async def _take_up_again(self, batch: _Open) -> None:
+        """Give the shards that were put aside, and lack nothing any more, to whichever worker is next."""
+        for key, aside in list(batch.aside.items()):
+            if not aside.missing:
+                await self._metadata.release_shard(key, aside.epoch)
+                del batch.aside[key]
+                batch.waiting = True
 
     async def _take_back(self, member: CrewMember, key: ShardKey, epoch: int) -> None:
         member.held.pop(key, None)
@@ -253,6 +289,7 @@ class Coordinator:
             if batch.closing is not None and opened.batch.closing is None:
                 self._close(batch, batch.closing)
             opened.batch = batch
+            await self._take_up_again(opened)
             if opened.unfinished == 0:
                 await self._finalizer.finish(batch)
                 self._batch_ended()
@@ -348,8 +385,13 @@ class Coordinator:
             share.charge(candidate, shard.lines)
             member.held[shard.key] = Held(shard.epoch, route)
             model = batch.batch.model or ""
-            member.send(Assign(shard, batch.blobs, batch.batch.endpoint, model, batch.batch.closing))
+            originals = await self._originals(shard)
+            member.send(Assign(shard, batch.blobs, batch.batch.endpoint, model, batch.batch.closing, originals))
             return
+
+    async def _originals(self, shard: Shard) -> dict[int, Parts]:
+        positions = {copy.position for copy in shard.copies} - {shard.key.position}
+        return await self._metadata.parts_of(shard.key.batch_id, positions) if positions else {}
 
     def _route(self, batch: Batch) -> Route:
         replicas = self._engines.replicas()

@@ -170,7 +170,8 @@ class Batch(msgspec.Struct, frozen=True):
 
     `order` grows with creation and breaks ties between equal seconds. `expires_at` is Unix seconds, or None for the
     window "unlimited". `problems` is the JSON array of what validation found, as it goes on the wire; `causes` is why
-    lines failed, known at the end. `retry_of` is the batch whose failed lines these are.
+    lines failed, known at the end. `retry_of` is the batch whose failed lines these are. With `deduplicate` lines whose
+    bodies are the same run once; `copies` counts those that do not run because an earlier one does.
     """
 
     id: str
@@ -196,6 +197,8 @@ class Batch(msgspec.Struct, frozen=True):
     on_invalid: OnInvalid = OnInvalid.FAIL
     retry_of: str | None = None
     output_expires_after_s: int | None = None
+    deduplicate: bool = False
+    copies: int = 0
 
 
 class ShardKey(msgspec.Struct, frozen=True):
@@ -213,11 +216,19 @@ class Reject(msgspec.Struct, frozen=True):
     message: str
 
 
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """A line that is not run because an earlier one, `original`, has the same body, in the shard at `position`."""
+
+    line: int
+    original: int
+    position: int
+
+
 class Shard(msgspec.Struct, frozen=True):
     """A run of whole lines: `first_line` is 1-based and physical, `lines` counts the non-blank ones.
 
     `offset` and `bytes` are in the input file. `epoch` fences: a commit of an earlier one is refused. `rejects` are
-    lines among them that go to the error file unsent.
+    lines among them that go to the error file unsent, `copies` those that get another line's outcome.
     """
 
     key: ShardKey
@@ -228,6 +239,14 @@ class Shard(msgspec.Struct, frozen=True):
     state: ShardState = ShardState.PENDING
     epoch: int = 0
     rejects: list[Reject] = []
+    copies: list[Copy] = []
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """A finished shard's parts of the output and error files, each in input order."""
+
+    output: BlobRef | None
+    errors: BlobRef | None
 
 
 class ShardResult(msgspec.Struct, frozen=True):

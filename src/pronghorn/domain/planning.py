@@ -16,8 +16,9 @@ from typing import IO, Annotated, NamedTuple
 
 import msgspec
 
-from pronghorn.domain import validation
-from pronghorn.domain.model import OnInvalid, Reject
+from pronghorn.domain import duplicates, validation
+from pronghorn.domain.duplicates import Bodies, Originals
+from pronghorn.domain.model import Copy, OnInvalid, Reject
 from pronghorn.domain.validation import CheckedLine, Problem, Rules
 from pronghorn.limits import (
     CUSTOM_ID_CHARS_MAX,
@@ -58,15 +59,24 @@ class PlannedShard(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A file that can run: its shards in order, the one model its lines name, and the bad lines that are skipped."""
+    """A file that can run: its shards in order, the one model its lines name, and which lines are not to be sent.
+
+    `skipped` are the problems of bad ones, `originals` says which are copies of others.
+    """
 
     shards: list[PlannedShard]
     lines: int
     model: str
     skipped: Sequence[Problem] = ()
+    originals: Originals = duplicates.NONE
 
-    def shards_with_rejects(self) -> Iterator[tuple[PlannedShard, list[Reject]]]:
-        """Yield each shard with its lines that are not to be sent, one entry a line."""
+    def shards_with_unsent(self) -> Iterator[tuple[PlannedShard, list[Reject], list[Copy]]]:
+        """Yield each shard with its lines that are not to be sent: bad ones, and copies of others."""
+        starts = [shard.first_line for shard in self.shards]
+        for (shard, rejects), end in zip(self._shards_with_rejects(), [*starts[1:], None], strict=True):
+            yield shard, rejects, self.originals.between(shard.first_line, end, starts)
+
+    def _shards_with_rejects(self) -> Iterator[tuple[PlannedShard, list[Reject]]]:
         skipped = deque(self.skipped)
         for shard, following in zip_longest(self.shards, self.shards[1:]):
             rejects: list[Reject] = []
@@ -192,13 +202,15 @@ def plan_file(
     *,
     line_bytes_max: int,
     on_invalid: OnInvalid = OnInvalid.FAIL,
+    deduplicate: bool = False,
     census: Census | None = None,
 ) -> Plan | Rejection:
     """Check every line and cut shards, or list every problem; with `skip`, bad lines fail alone.
 
+    With `deduplicate`, the plan says which lines are copies of others.
     `open_chunks` starts a fresh read of the file; it is called again only to name the lines of duplicates.
     """
-    reading = _Reading(file_bytes, rules, line_bytes_max, census)
+    reading = _Reading(file_bytes, rules, line_bytes_max, census, Bodies() if deduplicate else None)
     try:
         for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
             if line.content != b"":
@@ -213,12 +225,15 @@ def plan_file(
 class _Reading:
     """One pass over a file: its lines checked, its shards cut, its problems gathered."""
 
-    def __init__(self, file_bytes: int, rules: Rules, line_bytes_max: int, census: Census | None) -> None:
+    def __init__(
+        self, file_bytes: int, rules: Rules, line_bytes_max: int, census: Census | None, bodies: Bodies | None
+    ) -> None:
         self.custom_ids = _Repeats()
         self._shards = _ShardCutter(file_bytes)
         self._rules = rules
         self._line_bytes_max = line_bytes_max
         self._census = census
+        self._bodies = bodies
         self._model: str | None = None
         self._problems: list[Problem] = []
         self._unlisted = 0
@@ -249,18 +264,27 @@ class _Reading:
             return Rejection([validation.empty_file()], 0)
         if self._model is None or self._unlisted or (self._problems and on_invalid is OnInvalid.FAIL):
             return Rejection(self._problems, self._unlisted, self._shards.lines)
-        return Plan(self._shards.finish(), self._shards.lines, self._model, self._problems)
+        return Plan(self._shards.finish(), self._shards.lines, self._model, self._problems, self._originals())
 
     def close(self) -> None:
         """Give back the disk space that a very large file has taken."""
         self.custom_ids.close()
         if self._census is not None:
             self._census.close()
+        if self._bodies is not None:
+            self._bodies.close()
+
+    def _originals(self) -> Originals:
+        if self._bodies is None:
+            return duplicates.NONE
+        return self._bodies.originals({problem.line for problem in self._problems if problem.line is not None})
 
     def _take_valid(self, line: RawLine, checked: CheckedLine, content: bytes) -> None:
         self.custom_ids.add(hash(checked.custom_id))
         if self._census is not None:
             self._census.count(checked, content)
+        if self._bodies is not None:
+            self._bodies.add(line.number, bytes(_decode_body(content).body))
         if self._model is None:
             self._model = checked.body.model
         elif checked.body.model != self._model:

@@ -7,6 +7,8 @@ Every state change is a compare-and-set whose row count is checked: an UPDATE na
 from __future__ import annotations
 
 import enum
+import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,10 +22,12 @@ from pronghorn.domain.model import (
     BatchStatus,
     BlobRef,
     Closing,
+    Copy,
     Endpoint,
     File,
     Job,
     OnInvalid,
+    Parts,
     Progress,
     Reject,
     Shard,
@@ -39,8 +43,8 @@ from pronghorn.storage.database import Database
 from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
 from pronghorn.storage.webhooks import enqueue_event
 
-# Rows in one INSERT; SQLite allows 32,766 variables a statement.
-INSERT_ROWS_MAX = 2000
+# Rows that are inserted at once; one of a shard whose every line is a copy has 64 KB.
+INSERT_ROWS_MAX = 200
 
 
 class Page(NamedTuple):
@@ -183,19 +187,21 @@ class Metadata:
         """Store a validated batch's shards and move it to in_progress, in one transaction."""
 
         def write(connection: sa.Connection) -> None:
-            _advance(connection, batch, BatchStatus.IN_PROGRESS, now, total=plan.lines, model=plan.model)
-            rows = [
+            known = {"total": plan.lines, "model": plan.model, "copies": plan.originals.copies}
+            _advance(connection, batch, BatchStatus.IN_PROGRESS, now, **known)
+            rows = (
                 {
                     "batch_id": batch.id,
                     "position": position,
                     "state": ShardState.PENDING.value,
                     "rejects": msgspec.json.encode(rejects) if rejects else None,
+                    "copies": msgspec.json.encode(copies) if copies else None,
                     **shard._asdict(),
                 }
-                for position, (shard, rejects) in enumerate(plan.shards_with_rejects())
-            ]
-            for start in range(0, len(rows), INSERT_ROWS_MAX):
-                connection.execute(shards.insert(), rows[start : start + INSERT_ROWS_MAX])
+                for position, (shard, rejects, copies) in enumerate(plan.shards_with_unsent())
+            )
+            while some := list(itertools.islice(rows, INSERT_ROWS_MAX)):
+                connection.execute(shards.insert(), some)
 
         await self._database.write(write)
 
@@ -306,6 +312,25 @@ class Metadata:
 
         return await self._database.read(read)
 
+    async def parts_of(self, batch_id: str, positions: Iterable[int]) -> dict[int, Parts]:
+        """Return the parts of those among the shards that are done."""
+        wanted = sorted(positions)
+        done = shards.c.batch_id == batch_id, shards.c.state == ShardState.DONE.value
+        names = ("position", "output_key", "output_bytes", "error_key", "error_bytes")
+        query = sa.select(*(shards.c[name] for name in names)).where(*done)
+
+        def read(connection: sa.Connection) -> dict[int, Parts]:
+            found = {}
+            for start in range(0, len(wanted), INSERT_ROWS_MAX):
+                some = query.where(shards.c.position.in_(wanted[start : start + INSERT_ROWS_MAX]))
+                for position, output_key, output_bytes, error_key, error_bytes in connection.execute(some):
+                    output = None if output_key is None else BlobRef(output_key, output_bytes)
+                    errors = None if error_key is None else BlobRef(error_key, error_bytes)
+                    found[position] = Parts(output, errors)
+            return found
+
+        return await self._database.read(read)
+
     async def _one_batch(self, *where: sa.ColumnElement[bool]) -> Batch | None:
         row = await self._database.read(lambda c: c.execute(batches.select().where(*where)).mappings().first())
         return _batch(row) if row else None
@@ -324,6 +349,7 @@ _SET_AT_CREATION = (
     "on_invalid",
     "retry_of",
     "output_expires_after_s",
+    "deduplicate",
 )
 _TALLY_COLUMNS = (
     "completed",
@@ -351,6 +377,7 @@ def _new_batch(batch: Batch, idempotency: Idempotency | None) -> dict[str, Any]:
         "on_invalid": batch.on_invalid.value,
         "retry_of": batch.retry_of,
         "output_expires_after_s": batch.output_expires_after_s,
+        "deduplicate": batch.deduplicate,
         "idempotency_key": idempotency and idempotency.key,
         "idempotency_digest": idempotency and idempotency.digest,
     }
@@ -426,6 +453,7 @@ def _shard(row: sa.RowMapping) -> Shard:
         state=ShardState(row["state"]),
         epoch=row["epoch"],
         rejects=_decoded(row["rejects"], list[Reject]) or [],
+        copies=_decoded(row["copies"], list[Copy]) or [],
     )
 
 
@@ -454,6 +482,8 @@ def _batch(row: sa.RowMapping) -> Batch:
         on_invalid=OnInvalid(row["on_invalid"]),
         retry_of=row["retry_of"],
         output_expires_after_s=row["output_expires_after_s"],
+        deduplicate=row["deduplicate"],
+        copies=row["copies"],
     )
 
 

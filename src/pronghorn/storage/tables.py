@@ -6,6 +6,7 @@ import enum
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     ForeignKey,
@@ -18,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 from pronghorn.domain.model import BatchStatus, Closing, Endpoint, ShardState
@@ -143,6 +145,8 @@ batches = Table(
     Column("on_invalid", String(8), nullable=False, server_default="fail"),
     Column("retry_of", String(64)),
     Column("output_expires_after_s", BigInteger),
+    Column("deduplicate", Boolean(create_constraint=False), nullable=False, server_default=false()),
+    _count("copies"),
     Column("idempotency_key", String(256)),
     Column("idempotency_digest", LargeBinary),
     Column("output_file_id", String(64)),
@@ -178,6 +182,7 @@ shards = Table(
     Column("error_bytes", BigInteger),
     *_tally(),
     Column("rejects", LargeBinary),
+    Column("copies", LargeBinary),
     Column("causes", LargeBinary),
     PrimaryKeyConstraint("batch_id", "position"),
     _one_of("state", ShardState),

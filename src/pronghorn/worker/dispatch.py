@@ -24,15 +24,16 @@ from pronghorn.domain.breaker import Breaker
 from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX, Casualty
 from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
 from pronghorn.engines.client import EngineClient, Timeouts
-from pronghorn.errors import Damaged, StorageError, is_full, unreachable
+from pronghorn.errors import Damaged, NotStored, StorageError, is_full, unreachable
 from pronghorn.limits import KIB, MIB
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
-from pronghorn.worker import results
+from pronghorn.worker import copies, results
 from pronghorn.worker.lane import Absence, Lane
 from pronghorn.worker.neighbours import next_line
 from pronghorn.worker.protocol import (
+    Aside,
     Assign,
     Broken,
     Configure,
@@ -452,6 +453,7 @@ class Dispatcher:
         for number in list(itertools.islice(numbers, missing)):
             line = Line(run, number, b"null")
             self._record(line, Fate.UNRUN, Usage(), results.not_run(*line.identity, closing))
+        run.copies.clear()
         run.all_read = True
         self._shard_moved(run.key)
 
@@ -466,10 +468,28 @@ class Dispatcher:
         self._report(Broken(run.key, run.shard.epoch, reason))
 
     async def _finish(self, run: ShardRun, segment: SegmentWriter) -> None:
+        if run.copies:
+            await self._fill_in(run, segment)
+            return
         result = await results.write_parts(run.shard, run.places, self._blobs)
         segment.close()
         del self._runs[run.key]
         self._report(Done(run.key, run.shard.epoch, result))
+
+    async def _fill_in(self, run: ShardRun, segment: SegmentWriter) -> None:
+        """Record the copies, to be synced and finished next; a shard whose originals are not all there is put aside."""
+        if missing := copies.missing(run):
+            self._report_progress()
+            segment.close()
+            del self._runs[run.key]
+            self._report(Aside(run.key, run.shard.epoch, missing))
+            return
+        found = copies.outcomes(run, self._blobs)
+        while some := await asyncio.to_thread(copies.piece, found):
+            for outcome in some:
+                run.record_copy(outcome)
+            segment.write()
+        self._dirty.set()
 
     # Durability
 
@@ -488,11 +508,11 @@ class Dispatcher:
                     run.segment.write()
                 except OSError:
                     self._full = DISK_FULL
-        if self._undurable_bytes > SYNC_BYTES or any(run.complete for run in self._runs.values()):
+        if self._undurable_bytes > SYNC_BYTES or any(run.ended for run in self._runs.values()):
             self._dirty.set()
 
     async def _commit(self) -> None:
-        """Wait for the disk once for all that is written, then finish the shards that are complete.
+        """Wait for the disk once for all that is written, then finish the shards that have ended.
 
         What finds no room stays in memory, and nothing more is sent until there is some.
         """
@@ -501,21 +521,21 @@ class Dispatcher:
             self._dirty.clear()
             if self._full is None:
                 self._undurable_bytes = 0
-            groups = [(run, run.segment, run.counter.tally(), run.complete) for run in self._runs.values()]
-            for run, segment, tally, complete in groups:
+            groups = [(run, run.segment, run.counter.tally(), run.ended) for run in self._runs.values()]
+            for run, segment, tally, ended in groups:
                 if (
                     self._runs.get(run.key) is not run
                     or segment is None
                     or not segment.all_written
-                    or (tally == run.durable and not complete)
+                    or (tally == run.durable and not ended)
                 ):
                     continue
                 try:
                     await asyncio.to_thread(segment.sync)
                     run.durable, run.moved = tally, True
-                    if complete:
+                    if ended:
                         await self._finish(run, segment)
-                except Damaged as error:
+                except (Damaged, NotStored) as error:
                     self._drop(run, str(error))
                 except OSError as error:
                     if not is_full(error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pronghorn.domain.model import BlobRef, Closing, Endpoint, Replica, Shard, ShardKey, ShardResult, Tally
+from pronghorn.domain.model import BlobRef, Closing, Endpoint, Parts, Replica, Shard, ShardKey, ShardResult, Tally
 from pronghorn.limits import MIB
 
 
@@ -28,13 +28,17 @@ class UseReplicas(msgspec.Struct, tag=True, frozen=True):
 
 
 class Assign(msgspec.Struct, tag=True, frozen=True):
-    """Run a shard of the file made of `blobs`. With `closing` set its lines are recorded as not run."""
+    """Run a shard of the file made of `blobs`. With `closing` set its lines are recorded as not run.
+
+    `originals` are the parts of those shards, by position, that are done and hold originals of the shard's copies.
+    """
 
     shard: Shard
     blobs: list[BlobRef]
     endpoint: Endpoint
     model: str
     closing: Closing | None = None
+    originals: dict[int, Parts] = {}
 
 
 class Close(msgspec.Struct, tag=True, frozen=True):
@@ -98,6 +102,17 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     result: ShardResult
 
 
+class Aside(msgspec.Struct, tag=True, frozen=True):
+    """Every line of the shard has its durable outcome but copies of lines of other shards; the worker has dropped it.
+
+    It can be finished once the shards at the `missing` positions are done.
+    """
+
+    key: ShardKey
+    epoch: int
+    missing: list[int]
+
+
 class Broken(msgspec.Struct, tag=True, frozen=True):
     """The shard cannot go on in this worker: its input is gone or the disk refuses; the worker has dropped it."""
 
@@ -107,7 +122,7 @@ class Broken(msgspec.Struct, tag=True, frozen=True):
 
 
 Order = Configure | UseReplicas | Assign | Close | LeaveRoom | Stop
-Report = Ready | Sent | Moved | Done | Broken
+Report = Ready | Sent | Moved | Done | Aside | Broken
 
 # A shard's assignment names every blob of its input file; a file of a million parts still fits.
 FRAME_BYTES_MAX = 128 * MIB

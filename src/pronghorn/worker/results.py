@@ -10,7 +10,7 @@ import msgspec
 from pronghorn.domain import causes
 from pronghorn.domain.answers import Answer
 from pronghorn.domain.causes import Cause
-from pronghorn.domain.model import BlobRef, Closing, Reject, Shard, ShardResult
+from pronghorn.domain.model import BlobRef, Closing, Copy, Reject, Shard, ShardResult
 from pronghorn.ids import line_id
 from pronghorn.limits import MIB
 from pronghorn.storage.blobs import Blobs
@@ -29,7 +29,18 @@ class _Id(msgspec.Struct):
     custom_id: str
 
 
+class _Error(msgspec.Struct):
+    code: str
+
+
+class _Errored(msgspec.Struct):
+    error: _Error | None
+
+
 _decode_id = msgspec.json.Decoder(_Id).decode
+_decode_error = msgspec.json.Decoder(_Errored).decode
+_OUTCOME = b',"response":'
+_RESPONSE = _OUTCOME + b"{"
 
 
 def answered(batch_id: str, number: int, custom_id: bytes, answer: Answer) -> bytes:
@@ -69,6 +80,22 @@ def rejected(batch_id: str, reject: Reject, content: bytes | None) -> bytes:
     except (ValueError, RecursionError):
         custom_id = b"null"
     return unanswered(batch_id, reject.line, custom_id, reject.code, reject.message)
+
+
+def copied(batch_id: str, copy: Copy, custom_id: bytes, result: bytes) -> bytes:
+    """Return the result of a line that is another's copy, from that one's result: all but the names is the same."""
+    own, other = (line_id(batch_id, number).encode() for number in (copy.line, copy.original))
+    outcome = result[result.index(_OUTCOME) :]  # a quote within a custom_id is escaped
+    if outcome.startswith(_RESPONSE):
+        # The name that stands in for a request_id, where the engine gave none.
+        outcome = outcome.replace(b'"request_id":"%b"' % other, b'"request_id":"%b"' % own, 1)
+    return b'{"id":"%b","custom_id":%b%b' % (own, custom_id, outcome)
+
+
+def error_code(result: bytes) -> str | None:
+    """Return the code of a result that has no HTTP answer to show."""
+    error = _decode_error(result).error
+    return None if error is None else error.code
 
 
 async def write_parts(shard: Shard, places: Mapping[int, Place], blobs: Blobs) -> ShardResult:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 
 from pronghorn.domain.answers import Answer
-from pronghorn.domain.model import BlobRef, Closing, Endpoint, Shard, ShardKey, Tally, Usage
+from pronghorn.domain.model import BlobRef, Closing, Copy, Endpoint, Parts, Shard, ShardKey, Tally, Usage
 from pronghorn.domain.order import PromptQueue, prompt_offset
 from pronghorn.domain.planning import LineSplitter, RawLine
 from pronghorn.domain.retry import Failure
@@ -82,7 +82,10 @@ class Line:
 
 
 class ShardRun:
-    """One attempt at a shard: `ready` to be sent, `pending` until their outcome, recorded at `places`."""
+    """One attempt at a shard: lines are `ready` to be sent, `pending` until their outcome, recorded at `places`.
+
+    `copies` are the lines that get another's outcome, by number, with their custom_ids.
+    """
 
     def __init__(self, order: Assign, segments: Segments, on_change: Callable[[], None], *, prompt_order: bool) -> None:
         self.shard: Shard = order.shard
@@ -90,7 +93,9 @@ class ShardRun:
         self.endpoint: Endpoint = order.endpoint
         self.model: str = order.model
         self.closing: Closing | None = order.closing
+        self.originals: dict[int, Parts] = order.originals
         self.rejects = {reject.line: reject for reject in order.shard.rejects}
+        self.copies: dict[int, tuple[Copy, bytes]] = {}
         self.ready: PromptQueue[Line] = PromptQueue()
         self.pending: set[Line] = set()
         self.places: dict[int, Place] = {}
@@ -105,6 +110,7 @@ class ShardRun:
         self._segments = segments
         self._on_change = on_change
         self._prompt_order = prompt_order
+        self._copy_at = {copy.line: copy for copy in order.shard.copies}
         self._room = asyncio.Event()
 
     @property
@@ -112,8 +118,9 @@ class ShardRun:
         return self.shard.key
 
     @property
-    def complete(self) -> bool:
-        return len(self.places) == self.shard.lines
+    def ended(self) -> bool:
+        """Tell whether every line has its outcome but for `copies`, which get theirs without being sent."""
+        return len(self.places) + len(self.copies) == self.shard.lines
 
     async def open(self) -> None:
         """Recover what earlier attempts recorded and start a segment of this epoch."""
@@ -142,6 +149,11 @@ class ShardRun:
             unreachable("a line is sent once its segment is open, and recorded once")
         self.places[outcome.line] = self.segment.append(outcome)
         self.counter.add(outcome.fate, outcome.usage)
+
+    def record_copy(self, outcome: Outcome) -> None:
+        """Append the outcome of a line that is a copy."""
+        self.record(outcome)
+        del self.copies[outcome.line]
 
     def took(self, line: Line) -> Line:
         """Note that a ready line has been taken: it is pending from now on."""
@@ -173,6 +185,9 @@ class ShardRun:
                 line = _decode_line(raw.content or b"")
             except (msgspec.DecodeError, RecursionError) as error:
                 raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
+            if copy := self._copy_at.get(raw.number):
+                self.copies[raw.number] = copy, bytes(line.custom_id)
+                continue
             body = bytes(line.body)
             prompt_at = prompt_offset(body, self.endpoint) if self._prompt_order else len(body)
             yield Line(self, raw.number, bytes(line.custom_id), body[:prompt_at], body[prompt_at:])
