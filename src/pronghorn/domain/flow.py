@@ -44,12 +44,13 @@ class Window:
 
     def answered(self, now: float, in_flight: int, *, sent_at: float, refused: bool = False) -> None:
         """Count an answer to a line sent at `sent_at`; `in_flight` includes it; `refused`: it shows overload."""
+        self._answers += 1
         began = self._round_began
         if began is None:
             if sent_at < self._changed_at or self.fixed:
                 return  # it says nothing about the limit that there is now
+            self._weighed_from = self._answers - 1, self._refused
             began = self._begin_round(now)
-        self._answers += 1
         if refused:
             self._weigh(now)
         elif self._answers >= self._round_until and sent_at >= began:
@@ -70,7 +71,6 @@ class Window:
         if limit != self.limit:
             self.limit = limit
             self._changed_at, self._round_began = now, None
-            self._weighed_from = self._answers, self._refused
 
     def _begin_round(self, now: float) -> float:
         self._round_began = now

@@ -22,6 +22,8 @@ QUEUE_SHARE = 0.1
 # Where memory is the limit, lines that grow leave room for fewer now and for more then: the most that ran of late
 # counts, and fades by this share at each look.
 PEAK_FADES = 0.1
+# Less is taken away only if less than this share is left: each change begins the measuring of answers anew.
+WORTH_A_CHANGE = 0.98
 # Gauges that see less than this share of our lines tell of another engine than the one that has them.
 SEEN_SHARE_MIN = 0.5
 # An engine whose running lines grew since the last look by more than this is still taking lines in.
@@ -110,7 +112,8 @@ class Gauging:
             more = max(1.0, EVENING_SHARE * gauges.running / self._sharers)
         if gauges.running + gauges.waiting <= enough:
             return int(limit + more)
-        return max(1, int((min(limit, in_flight) + self._ours(gauges, in_flight, enough)) / 2 + more))
+        less = (min(limit, in_flight) + self._ours(gauges, in_flight, enough)) / 2 + more
+        return limit if limit * WORTH_A_CHANGE < less < limit else max(1, int(less))
 
     def _ours(self, gauges: Gauges, in_flight: int, total: float) -> int:
         """Return our share of so many lines with the engine, by what we have of those that it has."""

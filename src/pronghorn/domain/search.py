@@ -8,6 +8,7 @@ It never shrinks because throughput fell: an engine that has become slower needs
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 CLIMB = 4
@@ -79,7 +80,7 @@ class Search:
 
     def _climbed(self, level: _Level) -> int:
         below = self._level
-        if below is None or level.rate >= below.rate * self._bar:
+        if below is None or level.rate >= below.rate * self._bar_above(below.limit):
             self._level, self._doubted = level, False
             return level.limit * self._climb
         if not self._doubted:
@@ -87,6 +88,10 @@ class Search:
             return level.limit
         self.hold()
         return self._try_less(level, _with_headroom(below.limit * max(1.0, level.rate / below.rate)))
+
+    def _bar_above(self, limit: int) -> float:
+        """Return what the next level has to gain: more than chance, which is large where a round has few answers."""
+        return max(self._bar, 1 + 2 / math.sqrt(max(CLIMB_LINES_MIN, limit // 2)))
 
     def _hold_or_try(self, level: _Level) -> int:
         self._held.append(level.rate)
