@@ -1,29 +1,34 @@
 """How near the windows that Pronghorn finds come to the best fixed number of lines in flight, through real processes.
 
-`.venv/bin/python -m bench.flow [MODEL ...]`: for each model of a server, the same batch runs with that fixed window,
-with the engine's gauges, and without them, each on an engine and a server of its own. The last row,
-`long`, is a batch in which one line in a thousand takes a hundred times longer, beside the shortest time in which its
-lines could run in their order. Prints a markdown table.
+For each model of a server, the same batch runs with the fixed window that is best for it, with the engine's gauges, and
+without them, each on an engine and a server of its own. In one more batch one line in a thousand takes a hundred times
+longer; it stands beside the shortest time in which its lines could run in their order.
 """
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import json
 import math
 import random
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tests.processes import POLL_S, ScriptedProcess, Server
+
+from bench.rows import Row, Scale, Section, markdown
 
 # Output tokens of a line: what language models write varies about as much.
 TOKENS_MEAN = 100
 TOKENS_SPREAD = 0.8
+HOW = (
+    "A batch through `pronghorn serve` on scripted engines, from a cold start: with the best fixed window, with "
+    "gauges, and as a black box. Batches of `quick` are short, so that the start weighs more."
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +39,6 @@ class Bench:
     engines: tuple[dict[str, object], ...]
     fixed: tuple[int, ...]
     lines: int
-
-
-class Row(NamedTuple):
-    """A model's batch in lines a second: with the best fixed windows, with gauges, and as a black box."""
-
-    name: str
-    fixed: float
-    gauges: float
-    black_box: float
 
 
 _SLOTS = {"capacity": "slots", "token_ms": 10}
@@ -128,26 +124,40 @@ def _run(server: Server, content: bytes, lines: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(bench: Bench) -> Row:
+def compare(bench: Bench, scale: Scale) -> list[Row]:
     """Run a model's batch in the three ways."""
-    tokens = answer_tokens(bench.lines)
-    runs = (took_s(bench, tokens, fixed=True), took_s(bench, tokens), took_s(bench, tokens, gauges=False))
-    return Row(bench.name, *(bench.lines / run for run in runs))
+    lines = bench.lines // scale.times(smoke=20, quick=3, full=1)
+    tokens = answer_tokens(lines)
+    beside = [lines / took_s(bench, tokens, fixed=True)]
+    return _rows(bench, tokens, "best fixed window", beside, "at least 0.97")
 
 
-def measure_long() -> Row:
-    """Run a batch with long lines; what is called fixed is the ideal here."""
-    tokens = with_long_lines(LONG.lines)
-    runs = (ideal_s(tokens, 64, 0.002), took_s(LONG, tokens), took_s(LONG, tokens, gauges=False))
-    return Row(LONG.name, *(LONG.lines / run for run in runs))
+def compare_long(scale: Scale) -> list[Row]:
+    """Run a batch with long lines, and say what would be ideal."""
+    lines = LONG.lines // scale.times(smoke=15, quick=3, full=1)
+    tokens = with_long_lines(lines)
+    return _rows(LONG, tokens, "ideal", [lines / ideal_s(tokens, 64, 0.002)], "at least 0.91")
+
+
+def _rows(bench: Bench, tokens: list[int], beside: str, values: list[float], wanted: str) -> list[Row]:
+    found = [(name, len(tokens) / took_s(bench, tokens, gauges=name == "gauges")) for name in ("gauges", "black box")]
+    return [Row(f"{bench.name}, {name}", [rate], "lines/s", beside, values, wanted) for name, rate in found]
+
+
+def measure(scale: Scale, names: Sequence[str] = (*BENCHES, "long")) -> Section:
+    """Compare the models of these names, one after the other."""
+    rows: list[Row] = []
+    for name in names:
+        rows += compare_long(scale) if name == "long" else compare(BENCHES[name], scale)
+    return Section("Flow control", HOW, rows)
 
 
 def main() -> None:
-    print("| server | best fixed, lines/s | with gauges | black box |\n|---|---:|---:|---:|")
-    for name in sys.argv[1:] or [*BENCHES, "long"]:
-        row = measure_long() if name == "long" else measure(BENCHES[name])
-        shares = f"{row.gauges / row.fixed:.1%} | {row.black_box / row.fixed:.1%}"
-        print(f"| {row.name} | {row.fixed:.1f} | {shares} |", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.FULL)
+    parser.add_argument("names", nargs="*", default=[*BENCHES, "long"], help=f"of {', '.join(BENCHES)}, long")
+    options = parser.parse_args()
+    print(markdown([measure(options.scale, options.names)]))
 
 
 if __name__ == "__main__":
