@@ -63,6 +63,8 @@ class SlowBody(RequestError):
     """The request's body does not arrive."""
 
     status = 408
+    # What else may still come on this connection is not waited for.
+    headers: Mapping[str, str] = {"connection": "close"}
 
 
 class Conflict(RequestError):

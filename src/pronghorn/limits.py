@@ -44,6 +44,9 @@ LIVE_IN_FLIGHT_MAX = 256
 # The longest body at 1 Mbit/s; a client that stalls must not keep its place.
 LIVE_BODY_S_MAX = 150.0
 
+# A client that sends less than this in this time, 17 kbit/s, has stalled: its connection and its disk space are freed.
+UPLOAD_STEP_BYTES = 64 * KIB
+UPLOAD_STEP_S_MAX = 30.0
 # OpenAI's "64 MB", read as its own client reads it: that is the part it sends by default.
 UPLOAD_PART_BYTES_MAX = 64 * MIB
 # The rows of one upload are completed in one transaction; this many take about a second.

@@ -17,8 +17,9 @@ from pronghorn.storage import durable
 from pronghorn.storage.checksums import BLOCK_BYTES, CHECKSUM_BYTES, Checksums, blocks_of, first_bad_block
 from pronghorn.storage.room import Room
 
-# How much is written between two looks at the room that is left: far less than the reserve.
-LOOK_AT_ROOM_BYTES = 8 * MIB
+# How much is written between two looks at the room that is left, far less than the reserve; it then goes to the disk
+# while more comes.
+STRETCH_BYTES = 8 * MIB
 _UNFINISHED = ".part"
 
 
@@ -31,7 +32,6 @@ class BlobWriter:
 
     def __init__(self, path: Path, room: Room | None = None) -> None:
         self._room = room
-        self._look_at = 0
         self._look_at_room()
         durable.make_directory(path.parent)
         self._path = path
@@ -39,6 +39,7 @@ class BlobWriter:
         self._file: BinaryIO = self._unfinished.open("wb", buffering=FILE_CHUNK_BYTES)
         self._checksums = Checksums()
         self._renamed = False
+        self._stretch_start = 0
         self.bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -48,9 +49,11 @@ class BlobWriter:
             durable.refused(error, self._unfinished)
         self._checksums.add(data)
         self.bytes += len(data)
-        if self.bytes >= self._look_at:
+        stretch = self.bytes - self._stretch_start
+        if stretch >= STRETCH_BYTES:
             self._look_at_room()
-            self._look_at = self.bytes + LOOK_AT_ROOM_BYTES
+            durable.begin_sync(self._file.fileno(), self._stretch_start, stretch)
+            self._stretch_start = self.bytes
 
     def commit(self) -> None:
         try:
