@@ -29,6 +29,7 @@ class Process:
     def __init__(
         self, arguments: list[str], log: Path, ready: Callable[[list[str]], bool], watched: Watched | None = None
     ) -> None:
+        self._log_path = log
         self._log = log.open("ab")
         start = subprocess.Popen if watched is None else watched.start
         self._child = start(
@@ -51,6 +52,16 @@ class Process:
         """End it as a crash would."""
         self._child.kill()
         self._reap()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._child.send_signal(number)
+
+    def await_log(self, text: str) -> None:
+        """Wait until it has written this to its log."""
+        deadline = time.monotonic() + START_S
+        while text not in self._log_path.read_text():
+            assert time.monotonic() < deadline, f"its log never says {text!r}"
+            time.sleep(POLL_S)
 
     def terminate(self, timeout_s: float = 30.0) -> int:
         """Ask it to stop and return its exit status."""

@@ -24,6 +24,8 @@ from pronghorn.errors import UsageError
 from pronghorn.settings import Settings
 from pronghorn.system import System, running
 
+log = logging.getLogger("pronghorn.serve")
+
 KEEP_ALIVE_S = 75
 
 
@@ -75,6 +77,7 @@ def _stop_on_signal(server: _Server, system: System, settings: Settings) -> None
         if server.should_exit:
             os._exit(1)
         server.should_exit = True
+        log.info("stopping: lines in flight have up to %g s; a second signal ends at once", settings.drain_s)
         system.coordinator.stop(settings.drain_s)
 
     for number in (signal.SIGTERM, signal.SIGINT):
