@@ -218,8 +218,11 @@ class Dispatcher:
     # Sending
 
     def fill(self) -> None:
-        """Send ready lines, oldest shard first, while a replica that answers them has room."""
-        if self._stopping or self._full is not None or self._undurable_bytes > UNDURABLE_BYTES_MAX:
+        """Send ready lines, oldest shard first, while a replica that answers them has room.
+
+        What answers of this turn of the loop have recorded is written first: a kill between the two wastes no call.
+        """
+        if self._writing or self._stopping or self._full is not None or self._undurable_bytes > UNDURABLE_BYTES_MAX:
             return
         now = self._clock.monotonic()
         if self._suspects or self._kept_clear is not None:
@@ -308,7 +311,7 @@ class Dispatcher:
         self._undurable_bytes += len(result)
         if not self._writing:
             self._writing = True
-            asyncio.get_running_loop().call_soon(self._write)
+            asyncio.get_running_loop().call_soon(self._write_and_fill)
 
     def _try_again(self, line: Line, again: retry.Again, answer: Answer | Fault | None) -> None:
         line.charged -= not again.costs_attempt
@@ -498,6 +501,10 @@ class Dispatcher:
             await self._dirty.wait()
             self._dirty.clear()
             await self._commit()
+
+    def _write_and_fill(self) -> None:
+        self._write()
+        self.fill()
 
     def _write(self) -> None:
         """Hand what was recorded in this turn of the loop to the operating system: it survives our death now."""
