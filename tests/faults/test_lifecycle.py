@@ -635,7 +635,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Li
 
 
 def test_no_order_of_steps_breaks_what_must_hold(machine: type[Lifecycle], bed: Bed) -> None:
+    phases = [hypothesis.Phase.generate]
+    if bed.scale is not Scale.SMALL:  # shrinking takes minutes, which a small test has not
+        phases.append(hypothesis.Phase.shrink)
     settings = hypothesis.settings(
+        phases=phases,
         max_examples=bed.times(small=25, ci=500, long=20_000),
         stateful_step_count=STEPS,
         database=None,
