@@ -39,8 +39,8 @@ test-compat: install ## Run the tests of the official OpenAI client with the one
 
 .PHONY: faults-tools
 faults-tools: ## Install the Debian packages that the test beds of tests/faults need (root)
-	@for tool in strace faketime mkfs.ext4; do command -v $$tool >/dev/null || missing=$$tool; done; \
-	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q strace faketime e2fsprogs; }
+	@for tool in faketime mkfs.ext4; do command -v $$tool >/dev/null || missing=$$tool; done; \
+	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q faketime e2fsprogs; }
 
 # make faults SCALE=ci takes a quarter of it; SEED=N repeats a run that printed N.
 SCALE ?= long
