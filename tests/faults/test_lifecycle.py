@@ -82,6 +82,9 @@ class Hand:
     def now(self) -> int:
         return self.at
 
+    def wall(self) -> int:
+        return self.at
+
     def monotonic(self) -> float:
         return float(self.at)
 
@@ -511,7 +514,7 @@ class Lifecycle(RuleBasedStateMachine):
             planner=Planner(self.metadata, checker, self.clock),
             finalizer=self.finalizer,
             clock=self.clock,
-            configure=Configure("", "", 1024, 1024, 1.0, 1.0, 1.0),
+            configure=Configure("", "", 1024, 1024, 1.0, 1.0, 1.0, prompt_order=False),
             workers=0,
         )
 
