@@ -154,12 +154,12 @@ def test_a_deadline_is_kept_although_an_engine_hangs(tmp_path: Path) -> None:
 
 
 def test_lines_that_hang_as_probes_do_not_keep_an_engine_paused_that_answers(tmp_path: Path) -> None:
-    hanging, line_timeout_s = 10, 3
+    hanging, line_timeout_s = 20, 1
     hang, refusal = "[[scripted fault=hang times=always]]", "[[scripted fault=insufficient_quota delay_ms=500]]"
     lines = with_markers(300, dict.fromkeys(range(hanging), hang) | {hanging: refusal})
     with ScriptedProcess(tmp_path / "engine.log") as engine:
         upstream = f"window = {hanging + 1}"
-        arguments = configured(tmp_path, engine, upstream, line_timeout_s=line_timeout_s, refused_pause_s=6)
+        arguments = configured(tmp_path, engine, upstream, line_timeout_s=line_timeout_s, refused_pause_s=3)
         with Server(tmp_path / "data", *arguments) as server:
             batch_id = server.create_batch(server.upload(lines))["id"]
             server.await_batch(batch_id, lambda batch: reason_of(batch) != "None")

@@ -15,7 +15,7 @@ from tests import processes
 from tests.faults.test_kill import batch_input, check_output
 from tests.processes import POLL_S, ScriptedProcess, Server, alive
 
-LINES = 3000
+LINES = 2000
 # Stated, because it is what a kill can waste; an engine that is slow to listen does not see all of it in flight.
 WINDOW = 256
 SILENT_S = 2.0
