@@ -180,6 +180,27 @@ def test_how_deep_a_line_may_be_does_not_depend_on_the_stack_it_is_read_on() -> 
     assert problems(holding(b"[" * (room + 1) + b"]" * (room + 1))) == [("invalid_json_line", None, TOO_DEEP)]
 
 
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        (line()[:-1] + b', "body": {}}', "body"),
+        (line()[:-1] + b', "\\u0062ody": {}}', "body"),
+        (holding(b'[{"role": "user", "content": {"a": 1, "b": 2, "a": 1}}]'), "a"),
+        (holding(b'[{"": 1, "": 1}]'), ""),
+        (holding(b'[{"a": 1, "a": ' + b"9" * 5000 + b"}]"), "a"),
+        (holding(b'[{"a": 1, "a": ' + b"[" * 220 + b"]" * 220 + b"}]"), "a"),
+    ],
+    ids=["line", "escaped", "inside", "empty", "long number", "deep"],
+)
+def test_a_key_that_comes_twice_in_one_object_is_named(raw: bytes, key: str) -> None:
+    message = f"This line is not parseable as valid JSON: the key '{key}' comes twice in one object."
+    assert problems(raw) == [("invalid_json_line", None, message)]
+
+
+def test_a_key_may_come_again_in_another_object_and_in_text() -> None:
+    assert check_line(holding(b'[{"a": {"a": "{\\"a\\": 1, \\"a\\": 2}"}}, {"a": 1}]'), CHAT) is not None
+
+
 def test_many_brackets_are_not_deep() -> None:
     assert check_line(holding(b"[" + b"[],{}," * 1000 + b"1]"), CHAT) is not None
     text = json.dumps(["[{" * 1000 + '"\\' + "[" * 1000]).encode()
