@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 from pronghorn.domain.model import Batch
 from pronghorn.domain.planning import Census, Plan, Rejection, plan_file
@@ -14,6 +14,8 @@ from pronghorn.engines.base import EnginePool
 from pronghorn.errors import Damaged, NotStored
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
+
+MODELS_REMEMBERED = 64
 
 
 class _Abandoned(Exception):
@@ -49,7 +51,8 @@ class InputChecker:
             plan_file,
             chunks,
             file.bytes,
-            Rules(batch.endpoint, partial(self._engines.answers, batch.endpoint)),
+            # Nearly every line names the same model; the engines are asked again for others alone.
+            Rules(batch.endpoint, lru_cache(MODELS_REMEMBERED)(partial(self._engines.answers, batch.endpoint))),
             line_bytes_max=self._line_bytes_max,
             on_invalid=batch.on_invalid,
             deduplicate=batch.deduplicate,
