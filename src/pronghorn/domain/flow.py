@@ -11,6 +11,8 @@ __all__ = ["WINDOW_INITIAL", "WINDOW_MAX", "Gauges", "Window"]
 WINDOW_INITIAL = 16
 # Far above what one engine runs at once (vLLM's default is 256 to 1024); it bounds the worker's memory.
 WINDOW_MAX = 4096
+# Over less time a round measures our own machine: connections that open, other processes that run.
+ROUND_S_MIN = 0.25
 
 
 class Window:
@@ -90,6 +92,8 @@ class Window:
             self._move(now, limit)
 
     def _end_round(self, now: float, took_s: float, in_flight: int) -> None:
+        if took_s < ROUND_S_MIN:
+            return
         answers, refused = self._answers - self._round_from[0], self._refused - self._round_from[1]
         rate = (answers - refused) / max(took_s, 1e-9)
         self.latency_s = in_flight / max(rate, 1e-9)
