@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 CLIMB = 4
 CLIMB_AGAIN = 2
-# A climb goes on while it raises throughput by this much. Where several workers climb alone beside each other, each
-# gains by taking from the others; only what gains more than that is the engine's.
+# A climb goes on while it raises throughput by this much. A worker that climbs beside others gains by taking from them;
+# only what it gains beyond that is the engine's.
 GAIN_THAT_PAYS = 1.3
 GAIN_AMONG_OTHERS = 2.8
 HEADROOM = 1.25
@@ -67,6 +67,7 @@ class Search:
     def hold(self) -> None:
         """Stay at a limit that something else has found."""
         self._climb, self._level, self._trial = 0, None, None
+        self._doubted = False
         self._held = []
         self._wait_rounds, self._up_next = ROUNDS_BETWEEN_TRIALS, True
 

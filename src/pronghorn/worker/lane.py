@@ -19,6 +19,8 @@ from pronghorn.worker.shard_run import Line
 # An engine without gauges is asked for them ever more rarely: it may be replaced by one that has some.
 NO_GAUGES_WAIT_S = 60.0
 NO_GAUGES_MISSES_MAX = 16
+# How long an answer takes, as long as none has come.
+LATENCY_UNKNOWN_S = 1.0
 # Lines that fail one after the other, with no success between: from then on the engine is taken to fail every line.
 FAILURES_IN_A_ROW_MAX = 32
 
@@ -87,7 +89,7 @@ class Lane:
         Were it free at once, quick refusals would crowd out the lines that the engine has room for.
         """
         self.held += 1
-        asyncio.get_running_loop().call_later(min(wait_s, self.window.latency_s or wait_s), self._free_place)
+        asyncio.get_running_loop().call_later(min(wait_s, self.window.latency_s or LATENCY_UNKNOWN_S), self._free_place)
 
     def _free_place(self) -> None:
         self.held -= 1
