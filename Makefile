@@ -43,10 +43,9 @@ faults-tools: ## Install the Debian packages that the test beds of tests/faults 
 	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q faketime e2fsprogs; }
 
 # make faults SCALE=ci takes a quarter of it; SEED=N repeats a run that printed N.
-SCALE ?= long
 .PHONY: faults
 faults: install faults-tools ## Run the test beds of tests/faults at length, about an hour (root)
-	CI=true $(BIN)/python -m pytest -s tests/faults --timeout 7200 --scale $(SCALE) $(if $(SEED),--seed $(SEED))
+	CI=true $(BIN)/python -m pytest -s tests/faults --timeout 7200 --scale $(or $(SCALE),long) $(if $(SEED),--seed $(SEED))
 
 .PHONY: lint
 lint: install ## Check style, types and layering
@@ -60,6 +59,11 @@ bench-tools: ## Install the Debian packages that the benchmarks need (root)
 	@for tool in nginx wrk; do PATH="$$PATH:/usr/sbin" command -v $$tool >/dev/null || missing=$$tool; done; \
 	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q nginx-light wrk; }
 
+# make bench SCALE=smoke shows in a minute that it works, SCALE=quick measures less; both only print.
+.PHONY: bench
+bench: install bench-tools ## Run every benchmark, in ten minutes; the page and its picture go to docs
+	$(BIN)/python -m bench.suite $(if $(SCALE),--scale $(SCALE),--to docs)
+
 .PHONY: bench-dispatch
 bench-dispatch: install bench-tools ## Measure how fast lines go through one worker on one core, in half a minute
 	$(BIN)/python -m bench.dispatch
@@ -70,7 +74,7 @@ bench-stages: install bench-tools ## Show where the microseconds of a line go, s
 
 .PHONY: bench-embedded
 bench-embedded: install ## Compare the whole pipeline with a bare client on the embedded engine
-	$(BIN)/python bench/embedded.py
+	$(BIN)/python -m bench.embedded --lines 500
 
 .PHONY: clean
 clean: ## Delete caches, build results and the demo's data; .venv stays

@@ -1,9 +1,8 @@
-"""What Pronghorn adds to the embedded engine's own time: `make bench-embedded`.
+"""What Pronghorn adds to the embedded engine's own time: `python -m bench.embedded`, longer as `make bench-embedded`.
 
 Starts the embedded engine once. A bare asyncio client first finds its best concurrency; then the client and the whole
 pipeline (upload, batch, download over HTTP, in a server process) take turns with the same number of lines against the
 very same engine processes. No line is used twice, so no prompt is answered from a cache but for the chat template's.
-Prints a markdown table; the ratio is Pronghorn's time over the bare client's.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
 import httpx2
 
+from bench.rows import Row, Scale, Section, markdown
 from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines.llamacpp import LlamaCppEngine
 from pronghorn.settings import LlamaCppSettings
@@ -32,6 +33,9 @@ TEXT = (
     "many people came to see what they had heard about from friends who live there while prices stayed low as before"
 )
 WORDS = TEXT.split()
+HOW = """\
+{lines} chat lines of about 90 prompt tokens and 48 new ones, through Pronghorn (from creating the batch to `completed`)
+and through a bare client at the best of a few concurrencies, against the same engine processes."""
 
 
 def body(rng: random.Random) -> bytes:
@@ -87,46 +91,57 @@ def start_server(replicas: list[Replica], scratch: Path) -> tuple[subprocess.Pop
     return server, base_url, job_id
 
 
-async def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--lines", type=int, default=500)
-    options.add_argument("--rounds", type=int, default=1)
-    options.add_argument("--seed", type=int, default=1)
-    chosen = options.parse_args()
-    rng = random.Random(chosen.seed)
-
-    def bodies(count: int) -> list[bytes]:
-        return [body(rng) for _ in range(count)]
-
+async def compare(rounds: int, lines: int, search_lines: int, concurrencies: Sequence[int], seed: int) -> Section:
+    """Find the bare client's best concurrency, then let Pronghorn and the client take turns."""
+    rng = random.Random(seed)
     engine = LlamaCppEngine(LlamaCppSettings())
     await engine.start(lambda: None)
     replicas = [r for r in engine.replicas() if Endpoint.CHAT_COMPLETIONS in r.endpoints]
+    ours: list[float] = []
+    alone: list[float] = []
     try:
-        print(f"| run | seconds for {chosen.lines} lines | lines/s |\n|---|---:|---:|")
-        best, best_rate = 0, 0.0
-        for concurrency in (8, 12, 16, 20, 24):
-            rate = 64 / await bare(replicas, bodies(64), concurrency)
-            print(f"| (search) bare client, {concurrency} at once, 64 lines | | {rate:.2f} |", flush=True)
-            if rate > best_rate:
-                best, best_rate = concurrency, rate
+        searched = {n: search_lines / await bare(replicas, bodies(rng, search_lines), n) for n in concurrencies}
+        best = max(searched, key=lambda concurrency: searched[concurrency])
         with tempfile.TemporaryDirectory() as scratch:
             server, base_url, job_id = start_server(replicas, Path(scratch))
             try:
-                alone = through = 0.0
-                for _ in range(chosen.rounds):
-                    seconds = await asyncio.to_thread(through_pronghorn, base_url, job_id, bodies(chosen.lines))
-                    print(f"| Pronghorn | {seconds:.1f} | {chosen.lines / seconds:.2f} |", flush=True)
-                    through += seconds
-                    seconds = await bare(replicas, bodies(chosen.lines), best)
-                    print(f"| bare client, {best} at once | {seconds:.1f} | {chosen.lines / seconds:.2f} |", flush=True)
-                    alone += seconds
+                for _ in range(rounds):
+                    ours.append(
+                        lines / await asyncio.to_thread(through_pronghorn, base_url, job_id, bodies(rng, lines))
+                    )
+                    alone.append(lines / await bare(replicas, bodies(rng, lines), best))
             finally:
                 server.terminate()
                 server.wait()
-        print(f"\nratio {through / alone:.3f} (at most 1.05 wanted)")
     finally:
         await engine.stop()
+    client = f"bare client, {best} at once"
+    rows = [Row("Pronghorn", ours, "lines/s", client, alone, "ratio at least 0.95"), Row(client, alone, "lines/s")]
+    rows += [Row(f"search: {n} at once", [rate], "lines/s") for n, rate in searched.items()]
+    return Section("Beside the embedded engine", HOW.format(lines=lines), rows)
+
+
+def bodies(rng: random.Random, count: int) -> list[bytes]:
+    return [body(rng) for _ in range(count)]
+
+
+def measure(scale: Scale, rounds: int = 1, lines: int | None = None, seed: int = 1) -> Section:
+    """Compare at this scale, or with so many lines."""
+    lines = lines or scale.times(smoke=4, quick=64, full=192)
+    search_lines = min(64, max(4, lines // 4))
+    concurrencies = (16,) if scale is Scale.SMOKE else (8, 16, 24)
+    return asyncio.run(compare(rounds, lines, search_lines, concurrencies, seed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
+    parser.add_argument("--lines", type=int)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    print(markdown([measure(options.scale, options.rounds, options.lines, options.seed)]))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -63,10 +63,15 @@ def answer() -> bytes:
     return json.dumps(fields).encode()
 
 
+def pid(scratch: Path) -> int:
+    """Return the process id of the nginx that runs with this scratch directory."""
+    return int((scratch / "nginx.pid").read_text())
+
+
 @contextmanager
 def running(scratch: Path) -> Iterator[str]:
     """Run nginx on the core that is not measured, and give its base URL."""
-    port = _free_port()
+    port = free_port()
     models = json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
     config = scratch / "nginx.conf"
     config.write_text(CONFIG.format(scratch=scratch, port=port, models=models, answer=answer().decode()))
@@ -97,7 +102,7 @@ def _program(name: str) -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,73 @@
+"""Every benchmark, one after the other, as a page and a picture: `make bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bench import dispatch, embedded, latency, memory, stages, starting, workers
+from bench.machine import description
+from bench.picture import svg
+from bench.rows import Scale, Section, markdown
+
+SUITE: Mapping[str, Callable[[Scale], Section]] = {
+    "dispatch": dispatch.measure,
+    "stages": stages.measure,
+    "workers": workers.measure,
+    "latency": latency.measure,
+    "embedded": embedded.measure,
+    "memory": memory.measure,
+    "starting": starting.measure,
+}
+HEAD = """\
+# Benchmarks
+
+Written by `make bench`. A figure is the median of its repetitions, beside it their range; a ratio is the figure over
+what it stands beside, which was measured in the same run. [PERFORMANCE.md](PERFORMANCE.md) tells what the figures mean.
+
+{machine}
+
+![Lines a second through one worker on one core]({picture})
+
+"""
+PICTURE = "benchmarks.svg"
+
+
+def run(scale: Scale, names: list[str]) -> dict[str, Section]:
+    """Measure the named parts and print each as soon as it is there."""
+    sections = {}
+    for name in names:
+        begin = time.monotonic()
+        sections[name] = SUITE[name](scale)
+        print(markdown([sections[name]]), flush=True)
+        print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    return sections
+
+
+def write(sections: dict[str, Section], machine: str, folder: Path) -> None:
+    """Write the page and its picture."""
+    head = HEAD.format(machine=machine, picture=PICTURE)
+    (folder / "BENCHMARKS.md").write_text(head + markdown(sections.values()))
+    rates = [row for row in sections["dispatch"].rows if row.unit.endswith("/s")]
+    picture = svg("Through one worker on one core; answers of 600 bytes", rates)
+    (folder / PICTURE).write_text(picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.FULL)
+    parser.add_argument("--only", nargs="+", choices=SUITE, default=list(SUITE), metavar="PART")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help=f"write BENCHMARKS.md and {PICTURE} there")
+    options = parser.parse_args()
+    machine = description()
+    print(machine, end="\n\n")
+    sections = run(options.scale, options.only)
+    if options.to is not None:
+        write(sections, machine, options.to)
+
+
+if __name__ == "__main__":
+    main()
