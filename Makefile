@@ -64,6 +64,10 @@ bench-tools: ## Install the Debian packages that the benchmarks need (root)
 bench: install bench-tools ## Run every benchmark, in ten minutes; the page and its picture go to docs
 	$(BIN)/python -m bench.suite $(if $(SCALE),--scale $(SCALE),--to docs)
 
+.PHONY: bench-peers
+bench-peers: install bench-tools ## Do the same work through other batch servers; installs them first (Python 3.12 or newer)
+	$(BIN)/python -m bench.peers --to docs
+
 .PHONY: bench-dispatch
 bench-dispatch: install bench-tools ## Measure how fast lines go through one worker on one core, in half a minute
 	$(BIN)/python -m bench.dispatch

@@ -1,4 +1,4 @@
-"""Measure the client's CPU per request against a server in another process: `python bench/client.py`."""
+"""Measure the client's CPU per request against a server in another process: `python -m bench.client`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def main() -> None:
     if options.serve:
         uvloop.run(serve())
         return
-    command = [sys.executable, __file__, "--serve"]
+    command = [sys.executable, "-m", "bench.client", "--serve"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None

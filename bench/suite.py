@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import dispatch, embedded, latency, memory, stages, starting, workers
+from bench import dispatch, embedded, latency, memory, prefix, stages, starting, workers
 from bench.machine import description
 from bench.picture import svg
 from bench.rows import Scale, Section, markdown
@@ -19,14 +19,16 @@ SUITE: Mapping[str, Callable[[Scale], Section]] = {
     "workers": workers.measure,
     "latency": latency.measure,
     "embedded": embedded.measure,
+    "prefix": prefix.measure,
     "memory": memory.measure,
     "starting": starting.measure,
 }
 HEAD = """\
 # Benchmarks
 
-Written by `make bench`. A figure is the median of its repetitions, beside it their range; a ratio is the figure over
-what it stands beside, which was measured in the same run. [PERFORMANCE.md](PERFORMANCE.md) tells what the figures mean.
+Written by `make bench` (scale `{scale}`). A figure is the median of its repetitions, beside it their range; a ratio is
+the figure over what it stands beside, which was measured in the same run. [PERFORMANCE.md](PERFORMANCE.md) tells what
+the figures mean.
 
 {machine}
 
@@ -47,9 +49,9 @@ def run(scale: Scale, names: list[str]) -> dict[str, Section]:
     return sections
 
 
-def write(sections: dict[str, Section], machine: str, folder: Path) -> None:
+def write(sections: dict[str, Section], scale: Scale, machine: str, folder: Path) -> None:
     """Write the page and its picture."""
-    head = HEAD.format(machine=machine, picture=PICTURE)
+    head = HEAD.format(scale=scale, machine=machine, picture=PICTURE)
     (folder / "BENCHMARKS.md").write_text(head + markdown(sections.values()))
     rates = [row for row in sections["dispatch"].rows if row.unit.endswith("/s")]
     picture = svg("Through one worker on one core; answers of 600 bytes", rates)
@@ -66,7 +68,7 @@ def main() -> None:
     print(machine, end="\n\n")
     sections = run(options.scale, options.only)
     if options.to is not None:
-        write(sections, machine, options.to)
+        write(sections, options.scale, machine, options.to)
 
 
 if __name__ == "__main__":
