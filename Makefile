@@ -61,7 +61,7 @@ bench-tools: ## Install the Debian packages that the benchmarks need (root)
 
 # make bench SCALE=smoke shows in a minute that it works, SCALE=quick measures less; both only print.
 .PHONY: bench
-bench: install bench-tools ## Run every benchmark, in ten minutes; the page and its picture go to docs
+bench: install bench-tools ## Run the benchmarks, in a quarter of an hour; the page and its picture go to docs
 	$(BIN)/python -m bench.suite $(if $(SCALE),--scale $(SCALE),--to docs)
 
 .PHONY: bench-peers

@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bench import dispatch, embedded, latency, memory, prefix, stages, starting, workers
+from bench import dispatch, embedded, flow, latency, memory, prefix, stages, starting, workers
 from bench.machine import description
 from bench.picture import svg
 from bench.rows import Scale, Section, markdown
 
+# python -m bench.flow takes twenty minutes for all of its models; these two stand for them.
+FLOW = ("kv", "long")
 SUITE: Mapping[str, Callable[[Scale], Section]] = {
     "dispatch": dispatch.measure,
     "stages": stages.measure,
     "workers": workers.measure,
     "latency": latency.measure,
+    "flow": lambda scale: flow.measure(scale, FLOW),
     "embedded": embedded.measure,
     "prefix": prefix.measure,
     "memory": memory.measure,
