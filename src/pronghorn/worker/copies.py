@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
 
-from pronghorn.domain.model import BlobRef, Closing, Parts, Usage
+from pronghorn.domain.model import BlobRef, Closing, Copy, Parts, Usage
 from pronghorn.errors import Damaged
 from pronghorn.ids import line_id
 from pronghorn.limits import KIB, MIB
@@ -38,15 +38,19 @@ def outcomes(run: ShardRun, blobs: Blobs) -> Iterator[Outcome]:
     They have no tokens: those were spent once, and are the original's.
     """
     search = Search(blobs)
-    waiting = sorted(run.copies.values(), key=lambda waiting: (waiting[0].position, waiting[0].original))
-    for (position, original), copies in groupby(waiting, lambda waiting: (waiting[0].position, waiting[0].original)):
-        if position == run.key.position:
-            fate, result = _recorded(run, original)
-        else:
-            fate, result = _stored(run.key.batch_id, original, run.originals[position], search)
-        for copy, custom_id in copies:
-            copied = results.copied(run.key.batch_id, copy, custom_id, result)
-            yield Outcome(copy.line, fate, Usage(), copied)
+    waiting = sorted(run.copies.values(), key=_original)
+    own = {copy.original: run.places[copy.original] for copy, _ in waiting if copy.position == run.key.position}
+    records = Records(own.values())
+    try:
+        for (position, original), copies in groupby(waiting, _original):
+            if original in own:
+                fate, result = own[original].fate, bytes(next(records.results([own[original]])))
+            else:
+                fate, result = _stored(run.key.batch_id, original, run.originals[position], search)
+            for copy, custom_id in copies:
+                yield Outcome(copy.line, fate, Usage(), results.copied(run.key.batch_id, copy, custom_id, result))
+    finally:
+        records.close()
 
 
 def piece(found: Iterator[Outcome]) -> list[Outcome]:
@@ -60,13 +64,9 @@ def piece(found: Iterator[Outcome]) -> list[Outcome]:
     return taken
 
 
-def _recorded(run: ShardRun, original: int) -> tuple[Fate, bytes]:
-    place = run.places[original]
-    records = Records([place])
-    try:
-        return place.fate, bytes(next(records.results([place])))
-    finally:
-        records.close()
+def _original(waiting: tuple[Copy, bytes]) -> tuple[int, int]:
+    copy, _ = waiting
+    return copy.position, copy.original
 
 
 def _stored(batch_id: str, original: int, parts: Parts, search: Search) -> tuple[Fate, bytes]:
