@@ -90,6 +90,11 @@ class PromptQueue(Generic[T]):
         """Tell whether what is taken next has not been put back."""
         return not self._again
 
+    @property
+    def next_put_back(self) -> T | None:
+        """Return what is taken next, if that has been put back."""
+        return self._again[0] if self._again else None
+
     def add(self, values: Iterable[T]) -> None:
         """Put values in their places among those that wait; equal prompts stay in the order they came in."""
         self._forget_taken()

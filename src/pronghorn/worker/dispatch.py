@@ -63,6 +63,7 @@ CANCELLING_S_MAX = 600.0
 # A deadline is a deadline; an answer that is almost there is still worth a moment.
 EXPIRING_S_MAX = 10.0
 
+FAILS_ALL = "the engine fails every line, and another does not"
 DISK_FULL = "the disk is full: outcomes wait in memory until there is room"
 CRASHES = retry.Failure(
     "upstream_crash_suspected", f"The engine died {ALONE_DEATHS_MAX} times while it ran this line and no other."
@@ -235,9 +236,11 @@ class Dispatcher:
     def _roomiest(self, run: ShardRun, now: float) -> Lane | None:
         """Return the replica with most room for the run's next line.
 
-        While lines wait to be tried again, an engine that fails every line gets no new ones to spoil.
+        While lines wait to be tried again, an engine that fails every line gets no new ones to spoil. A line that one
+        replica has failed goes to another.
         """
         new = self._waiting > 0 and run.ready.next_is_new
+        again = run.ready.next_put_back
         if new and self._waiting >= WAITING_LINES_MAX:
             return None
         best, best_room = None, 0
@@ -246,9 +249,24 @@ class Dispatcher:
                 (room := lane.room(now, run.model)) > best_room
                 and lane.replica.answers(run.endpoint, run.model)
                 and not (new and lane.fails_every_line)
+                and not (again is not None and again.failed_at and self._is_shunned(lane, again))
             ):
                 best, best_room = lane, room
         return best
+
+    def _is_shunned(self, lane: Lane, line: Line) -> bool:
+        """Tell whether a line has failed here and can still be tried at another replica."""
+        return lane.replica.base_url in line.failed_at and self._can_go_elsewhere(line)
+
+    def _can_go_elsewhere(self, line: Line) -> bool:
+        """Tell whether a replica that has not failed the line serves lines like it."""
+        run, failed_at = line.run, line.failed_at
+        return any(
+            lane.replica.base_url not in failed_at and lane.serves(run.endpoint, run.model) for lane in self._lanes
+        )
+
+    def _another_serves(self, lane: Lane, run: ShardRun) -> bool:
+        return any(other is not lane and other.serves(run.endpoint, run.model) for other in self._lanes)
 
     def _send(self, line: Line, lane: Lane, now: float) -> None:
         run = line.run
@@ -265,7 +283,8 @@ class Dispatcher:
 
     def _answered(self, line: Line, lane: Lane, sent_at: float, answer: Answer | Fault) -> None:
         run, now = line.run, self._clock.monotonic()
-        absent_s = lane.absent_s(now, run.model) if lane.absent else 0.0
+        # What another replica answers is no line's fault, however long this one has not known the model.
+        absent_s = lane.absent_s(now, run.model) if lane.absent and not self._another_serves(lane, run) else 0.0
         effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
         verdict = retry.judge(answer, run.endpoint, effort, self._clock.wall(), self._patience)
         refused = retry.shows_overload(answer)
@@ -281,18 +300,18 @@ class Dispatcher:
             self._triage.heard(lane, answer, verdict, sent_at)
         match verdict:
             case retry.Success(usage):
-                lane.failures_in_a_row = 0
+                lane.failures_in_a_row = lane.put_off_in_a_row = 0
                 self._is_well(lane, run.model, sent_at)
                 self._record(line, Fate.COMPLETED, usage, _success(line, answer))
             case retry.Failure() as failure:
                 lane.failures_in_a_row = lane.failures_in_a_row + 1 if line.charged > 1 else 0
+                lane.put_off_in_a_row = lane.failures_in_a_row
                 self._is_well(lane, run.model, sent_at, knows_model=not _is_404(answer))
                 self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
             case retry.Again() as again:
-                lane.failures_in_a_row += again.costs_attempt
                 if refused:
                     lane.hold_place(again.wait_s_min)
-                self._try_again(line, again, answer)
+                self._put_off(line, lane, again, answer)
             case retry.Pause() as pause:
                 line.charged -= 1
                 _remember(line, pause.or_else, answer)
@@ -312,6 +331,20 @@ class Dispatcher:
         if not self._writing:
             self._writing = True
             asyncio.get_running_loop().call_soon(self._write_and_fill)
+
+    def _put_off(self, line: Line, lane: Lane, again: retry.Again, answer: Answer | Fault | None) -> None:
+        """Try a line again later, or at once where only this replica's rate limit kept it.
+
+        An engine that puts every line off gets no more than probes while another does not.
+        """
+        line.failed_at |= {lane.replica.base_url}
+        lane.failures_in_a_row += again.costs_attempt
+        lane.put_off_in_a_row += 1
+        if lane.puts_every_line_off and self._another_serves(lane, line.run):
+            self._pause(lane, retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_ALL), line.run.model)
+        if not again.costs_attempt and self._can_go_elsewhere(line):
+            again = again._replace(wait_s_min=0.0, wait_s_max=0.0)
+        self._try_again(line, again, answer)
 
     def _try_again(self, line: Line, again: retry.Again, answer: Answer | Fault | None) -> None:
         line.charged -= not again.costs_attempt
@@ -388,8 +421,7 @@ class Dispatcher:
                 case retry.Failure() as failure:
                     self._record(line, Fate.FAILED, Usage(), _failure(line, None, failure))
                 case retry.Again() as again:
-                    lane.failures_in_a_row += 1
-                    self._try_again(line, again, None)
+                    self._put_off(line, lane, again, None)
 
     def _suspect(self, line: Line) -> None:
         """Deal with a line that was with an engine when it died; where it happens again, the line runs alone."""

@@ -49,6 +49,7 @@ class Lane:
         self.probe: Line | None = None
         self.kept_clear = False
         self.failures_in_a_row = 0
+        self.put_off_in_a_row = 0
         self.doubt: Doubt[Line] | None = None
         self.canary: Call | None = None
         self.asked: tuple[Endpoint, str] | None = None
@@ -64,6 +65,20 @@ class Lane:
     @property
     def fails_every_line(self) -> bool:
         return self.failures_in_a_row >= FAILURES_IN_A_ROW_MAX
+
+    @property
+    def puts_every_line_off(self) -> bool:
+        """Tell whether the engine answers, and no line has had its outcome for long, rate limits included."""
+        return self.put_off_in_a_row >= FAILURES_IN_A_ROW_MAX
+
+    def serves(self, endpoint: Endpoint, model: str) -> bool:
+        """Tell whether lines like this have their outcomes here, as far as is known."""
+        return (
+            self.breaker.reason is None
+            and model not in self.absent
+            and not self.puts_every_line_off
+            and self.replica.answers(endpoint, model)
+        )
 
     def room(self, now: float, model: str) -> int:
         """Return how many more lines may be sent now; while a breaker is half open, one probes the way."""

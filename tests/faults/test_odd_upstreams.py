@@ -1,0 +1,149 @@
+"""Engines that misbehave in ways of their own, on raw sockets: every line still ends as docs/RELIABILITY.md says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.faults.test_kill import batch_input, check_output
+from tests.processes import Server
+
+LINES = 300
+
+
+class Wire:
+    """The engine's end of a connection, and the prompt that it has just been asked."""
+
+    def __init__(self, writer: asyncio.StreamWriter, prompt: str) -> None:
+        self._writer = writer
+        self.prompt = prompt
+
+    async def send(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def answer(self, status: int = 200, body: bytes | None = None, *headers: str) -> None:
+        body = self.fair_body if body is None else body
+        head = "\r\n".join([f"HTTP/1.1 {status} X", *headers, f"Content-Length: {len(body)}"])
+        await self.send(head.encode("latin-1") + b"\r\n\r\n" + body)
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @property
+    def fair_body(self) -> bytes:
+        message = {"role": "assistant", "content": self.prompt}
+        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        return json.dumps({"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+
+
+Behaviour = Callable[[Wire], Awaitable[None]]
+
+
+async def fair(wire: Wire) -> None:
+    await wire.answer()
+
+
+async def unhurried(wire: Wire) -> None:
+    await asyncio.sleep(0.05)
+    await wire.answer()
+
+
+class OddEngine:
+    """An HTTP server by hand that answers every request as `behave` does, `/v1/models` excepted."""
+
+    def __init__(self, behave: Behaviour) -> None:
+        self.behave = behave
+        self.asked: Counter[str] = Counter()
+        self.base_url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                length = re.search(rb"content-length: (\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                if head.startswith(b"get /v1/models"):
+                    await Wire(writer, "").answer(200, b'{"data": [{"id": "scripted"}]}')
+                    continue
+                prompt = json.loads(body)["messages"][0]["content"]
+                self.asked[prompt] += 1
+                await self.behave(Wire(writer, prompt))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client has gone
+        finally:
+            writer.close()
+
+
+@contextmanager
+def running(*behaviours: Behaviour) -> Iterator[list[OddEngine]]:
+    """Run engines in an event loop of their own."""
+    loop, engines = asyncio.new_event_loop(), [OddEngine(behave) for behave in behaviours]
+    servers: list[asyncio.Server] = []
+
+    async def start() -> None:
+        for engine in engines:
+            server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
+            servers.append(server)
+            engine.base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+    async def stop() -> None:
+        for server in servers:
+            server.close()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # for the connections to be closed
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(start(), loop).result()
+    try:
+        yield engines
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextmanager
+def serving(tmp_path: Path, engines: list[OddEngine], **settings: float) -> Iterator[Server]:
+    """Run a server over these engines; a traceback in its log fails the test."""
+    config = tmp_path / "pronghorn.toml"
+    upstreams = [f'[[upstream]]\nurl = "{engine.base_url}"' for engine in engines]
+    config.write_text("\n".join([*(f"{name} = {value}" for name, value in settings.items()), *upstreams]))
+    with Server(tmp_path / "data", "--config", str(config)) as server:
+        yield server
+    assert "Traceback" not in (tmp_path / "data.log").read_text()
+
+
+async def fails(wire: Wire) -> None:
+    await wire.answer(500, b'{"error": {"message": "no"}}')
+
+
+async def limits(wire: Wire) -> None:
+    await wire.answer(429, b'{"error": {"message": "slow down"}}', "Retry-After: 60")
+
+
+async def knows_no_model(wire: Wire) -> None:
+    await wire.answer(404, b'{"error": {"message": "The model does not exist", "code": "model_not_found"}}')
+
+
+@pytest.mark.parametrize("bad", [fails, limits, knows_no_model])
+def test_one_bad_replica_of_two_spoils_no_line(tmp_path: Path, bad: Behaviour) -> None:
+    with (
+        running(bad, unhurried) as engines,
+        serving(tmp_path, engines, model_grace_s=0.1) as server,
+    ):
+        batch = server.await_batch(server.create_batch(server.upload(batch_input(LINES)))["id"], timeout_s=50)
+        check_output(server, batch, LINES)
+        assert engines[0].asked.total() < LINES, "the bad one is left alone while the other answers"
