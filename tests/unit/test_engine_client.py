@@ -530,6 +530,7 @@ async def test_an_unknown_certificate(certificate: tuple[Path, Path]) -> None:
         (CHUNKED[:-2], FaultKind.DISCONNECTED),
         (b"SSH-2.0-OpenSSH_9.6\r\n", FaultKind.PROTOCOL),
         (b"\x15\x03\x01\x00\x02\x02\x46", FaultKind.PROTOCOL),
+        (b"HTTP/1.1 000 None\r\nContent-Length: 2\r\n\r\n{}", FaultKind.PROTOCOL),
         (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", FaultKind.PROTOCOL),
         (OK.replace(b"Length: 2", b"Length: 2\r\nContent-Length: 3"), FaultKind.PROTOCOL),
         (OK.replace(b"Length: 2", b"Length: 2\r\nTransfer-Encoding: chunked"), FaultKind.PROTOCOL),

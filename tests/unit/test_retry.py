@@ -53,6 +53,7 @@ def verdict(of: Answer | Fault, effort: Effort = Effort(), endpoint: Endpoint = 
 
 
 DISCONNECTED = Failure("upstream_disconnected", "The engine closed the connection before it had answered.")
+GARBLED = Failure("upstream_disconnected", "The engine's answer was not valid HTTP.")
 NOT_JSON = Failure("upstream_disconnected", "The engine's answer was not valid JSON.")
 EMPTY = Failure("upstream_empty", "The engine's answer held no choices.")
 ABORTED = Failure("upstream_aborted", "The engine broke off its answer.")
@@ -96,7 +97,7 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
         ),
         pytest.param(fault(FaultKind.ABORTED), Again(0.0, 0.0, costs_attempt=False), id="given up by us"),
         pytest.param(fault(FaultKind.DISCONNECTED), Lost(DISCONNECTED, hung=False), id="disconnect"),
-        pytest.param(fault(FaultKind.PROTOCOL), once_more(DISCONNECTED), id="no HTTP"),
+        pytest.param(fault(FaultKind.PROTOCOL), once_more(GARBLED), id="no HTTP"),
         pytest.param(answer(200, b'{"choices": [{"mess'), once_more(NOT_JSON), id="truncated JSON"),
         pytest.param(answer(200, b""), once_more(NOT_JSON), id="200 with nothing"),
         *(
@@ -151,6 +152,8 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
         pytest.param(answer(200, OK), Success(Usage()), id="200"),
         pytest.param(answer(201, OK), Success(Usage()), id="201"),
         pytest.param(answer(200, OK | {"error": None}), Success(Usage()), id="200 with a null error"),
+        *(pytest.param(answer(200, OK | {"error": no}), Success(Usage()), id=f"200, error {no!r}") for no in ("", {})),
+        pytest.param(answer(200, {"error": {"code": "422"}}), Failure(status=422), id="200 with a code that is a text"),
         pytest.param(answer(200, {"choices": [{"finish_reason": "length"}]}), Success(Usage()), id="length"),
         pytest.param(answer(200, {"choices": [{"finish_reason": "content_filter"}]}), Success(Usage()), id="filtered"),
         pytest.param(
@@ -170,7 +173,7 @@ def test_a_symptom_has_one_meaning(symptom: Answer | Fault, meaning: Verdict) ->
         (answer(500), SERVER_ERROR_ATTEMPTS_MAX, Failure()),
         (answer(502), ATTEMPTS_MAX, Failure()),
         (answer(200, error("x")), SERVER_ERROR_ATTEMPTS_MAX, Failure(status=500)),
-        (fault(FaultKind.PROTOCOL), ATTEMPTS_MAX, DISCONNECTED),
+        (fault(FaultKind.PROTOCOL), ATTEMPTS_MAX, GARBLED),
         (answer(200, b"{"), ATTEMPTS_MAX, NOT_JSON),
         (answer(200, {}), ATTEMPTS_MAX, EMPTY),
         (answer(200, {"choices": [{"finish_reason": "abort"}]}), ATTEMPTS_MAX, ABORTED),
@@ -369,6 +372,11 @@ def test_an_answer_with_an_odd_usage_stands(usage: object, counted: Usage) -> No
 def test_an_answer_with_odd_choices_stands(choices: object) -> None:
     usage = {"prompt_tokens": 2}
     assert verdict(answer(200, {"choices": choices, "usage": usage})) == Success(Usage(2))
+
+
+def test_a_number_that_no_decoder_holds_does_not_spoil_an_answer() -> None:
+    body = b'{"choices": [{"finish_reason": "stop"}], "usage": {"prompt_tokens": 1e400}}'
+    assert verdict(Answer(200, {}, body)) == Success(Usage())
 
 
 def test_one_odd_part_does_not_hide_what_another_says() -> None:

@@ -99,6 +99,7 @@ class Patience(NamedTuple):
 
 _PATIENCE = Patience()
 _DISCONNECTED = Failure("upstream_disconnected", "The engine closed the connection before it had answered.")
+_GARBLED = Failure("upstream_disconnected", "The engine's answer was not valid HTTP.")
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 _Kind = TypeVar("_Kind")
@@ -143,6 +144,11 @@ class _Body(msgspec.Struct):
     error: Any = None
 
 
+class _Uncounted(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    error: Any = None
+
+
 class _Error(NamedTuple):
     code: object = None
     type: object = None
@@ -154,6 +160,7 @@ class _Envelope(msgspec.Struct):
 
 
 _decode_body = msgspec.json.Decoder(_Body).decode
+_decode_uncounted = msgspec.json.Decoder(_Uncounted).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 
@@ -180,6 +187,19 @@ def shows_overload(answer: Answer | Fault) -> bool:
     return answer.status in (429, 503, 504, 529)
 
 
+def complaint(answer: Answer | Fault | None, again: Again) -> str:
+    """Say for people why a line has to be tried again."""
+    match answer:
+        case Fault():
+            return answer.detail
+        case Answer(status=429):
+            return "the engine limits the rate (429); lines are tried again when it lets them"
+        case Answer(status=status) if not 200 <= status < 300:
+            return f"the engine answers with status {status}; lines are tried again"
+        case _:
+            return again.or_else.message if again.or_else else "the engine puts lines off"
+
+
 def backoff(attempt: int, wait_s_max: float = BACKOFF_S_MAX) -> tuple[float, float]:
     """Return the range of waits before try `attempt` + 1: it doubles from one second up to the bound."""
     return 0.0, min(wait_s_max, _doubled(attempt - 1))
@@ -203,7 +223,7 @@ def _judge_fault(fault: Fault, effort: Effort) -> Verdict:
         case FaultKind.DISCONNECTED:
             return Lost(_DISCONNECTED, hung=False)
         case FaultKind.PROTOCOL:
-            return _retry_or(_DISCONNECTED, effort, wait_s_max=LOADING_BACKOFF_S_MAX)
+            return _retry_or(_GARBLED, effort, wait_s_max=LOADING_BACKOFF_S_MAX)
 
 
 def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: float, patience: Patience) -> Verdict:
@@ -212,9 +232,9 @@ def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: floa
     except (ValueError, RecursionError):
         failure = Failure("upstream_disconnected", "The engine's answer was not valid JSON.")
         return _retry_or(failure, effort, wait_s_max=LOADING_BACKOFF_S_MAX)
-    if body.error is not None:
+    if body.error:  # some engines say null, others an empty text or object, where there is none
         error = _as_error(body.error)
-        status = error.code if isinstance(error.code, int) and 400 <= error.code < 600 else 500
+        status = _status_in(error)
         return _with_status(_judge_refusal(status, error, answer.headers, effort, now, patience), status)
     if endpoint in (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS):
         if not body.choices:
@@ -224,6 +244,14 @@ def _judge_success(answer: Answer, endpoint: Endpoint, effort: Effort, now: floa
                 failure = Failure("upstream_aborted", "The engine broke off its answer.")
                 return _retry_or(failure, effort, wait_s_max=1.0)
     return Success(body.usage.usage() if body.usage else Usage())
+
+
+def _status_in(error: _Error) -> int:
+    """Return the status that an error in a 2xx answer names as its code, be it as text; 500 if it names none."""
+    code = error.code
+    if isinstance(code, str) and code.isascii() and code.isdigit():
+        code = int(code[:4])
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
 def _with_status(verdict: Verdict, status: int) -> Verdict:
@@ -306,7 +334,12 @@ def _read(body: bytes) -> _Body:
     try:
         return _decode_body(body)
     except msgspec.ValidationError:
+        pass
+    try:
         value = msgspec.json.decode(body)
+    except msgspec.ValidationError:  # JSON has no largest number, decoders have
+        said = _decode_uncounted(body)
+        return _Body(choices=said.choices, error=said.error)
     parts = value if isinstance(value, dict) else {}
     choices = parts.get("choices")
     found = choices if isinstance(choices, list) else [choices]

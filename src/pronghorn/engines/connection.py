@@ -190,6 +190,8 @@ class Connection(asyncio.Protocol):
         if status < 200:
             if status == 101:
                 self._stop_parser(FaultKind.PROTOCOL, "switched protocols without being asked to")
+            if status < 100:
+                self._stop_parser(FaultKind.PROTOCOL, f"answered with status {status}, which is none")
             return
         self._status = status
         self._head = head
