@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.faults.test_kill import batch_input, check_output
@@ -147,3 +148,18 @@ def test_one_bad_replica_of_two_spoils_no_line(tmp_path: Path, bad: Behaviour) -
         batch = server.await_batch(server.create_batch(server.upload(batch_input(LINES)))["id"], timeout_s=50)
         check_output(server, batch, LINES)
         assert engines[0].asked.total() < LINES, "the bad one is left alone while the other answers"
+
+
+async def limits_shortly(wire: Wire) -> None:
+    await wire.answer(429, b'{"error": {"message": "slow down"}}', "Retry-After: 1")
+
+
+def test_a_batch_says_that_its_engine_limits_it_for_ever_and_goes_on_when_it_does_not(tmp_path: Path) -> None:
+    def says_why(batch: dict[str, Any]) -> bool:
+        return "limits the rate (429)" in str((batch["progress"] or {}).get("reason"))
+
+    with running(limits_shortly) as engines, serving(tmp_path, engines) as server:
+        batch_id = server.create_batch(server.upload(batch_input(20)))["id"]
+        server.await_batch(batch_id, says_why)
+        engines[0].behave = fair
+        check_output(server, server.await_batch(batch_id), 20)

@@ -118,6 +118,7 @@ class Coordinator:
         self._planning: dict[str, asyncio.Task[None]] = {}
         self._planning_held_until = 0.0
         self._paused: dict[CrewMember, list[Paused]] = {}
+        self._putting_off: dict[CrewMember, list[Paused]] = {}
         self._shares: dict[Route, FairShare] = {}
         self._stopping = False
 
@@ -190,6 +191,7 @@ class Coordinator:
                 await self._handle_report(member, report)
             case Gone(member):
                 self._paused.pop(member, None)
+                self._putting_off.pop(member, None)
                 for key, held in list(member.held.items()):
                     await self._take_back(member, key, held.epoch)
 
@@ -200,8 +202,8 @@ class Coordinator:
             case Sent(key, epoch):
                 if (held := member.held.get(key)) and held.epoch == epoch:
                     held.sent = True
-            case Moved(shards, paused):
-                self._paused[member] = paused
+            case Moved(shards, paused, putting_off):
+                self._paused[member], self._putting_off[member] = paused, putting_off
                 for shard in shards:
                     held = member.held.get(shard.key)
                     if held and held.epoch == shard.epoch and (batch := self._open.get(shard.key.batch_id)):
@@ -443,6 +445,9 @@ class Coordinator:
             ahead = Counter(self._open[other].job.id for other in held if held[other] == route and other in self._open)
             names = ", ".join(f"{count} batches of {job_id}" for job_id, count in ahead.items())
             return f"waiting behind {names}" if names else "waiting for a worker"
+        delays = [delay for delays in self._putting_off.values() for delay in delays if delay.base_url in route]
+        if delays:
+            return "; ".join(dict.fromkeys(delay.reason for delay in delays))
         return f"lines are with the engine ({', '.join(route)}), which has not answered one for {STALLED_S:.0f} s"
 
 

@@ -340,6 +340,7 @@ class Dispatcher:
         line.failed_at |= {lane.replica.base_url}
         lane.failures_in_a_row += again.costs_attempt
         lane.put_off_in_a_row += 1
+        lane.complaint = retry.complaint(answer, again)
         if lane.puts_every_line_off and self._another_serves(lane, line.run):
             self._pause(lane, retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_ALL), line.run.model)
         if not again.costs_attempt and self._can_go_elsewhere(line):
@@ -599,7 +600,8 @@ class Dispatcher:
         shards = [ShardProgress(run.key, run.shard.epoch, run.durable) for run in moved]
         for lane in self._lanes:
             self._triage.watch(lane)
-        self._report(Moved(shards, [paused for lane in self._lanes for paused in self._paused(lane)]))
+        paused = [pause for lane in self._lanes for pause in self._paused(lane)]
+        self._report(Moved(shards, paused, [delay for lane in self._lanes for delay in lane.putting_off()]))
 
     def _paused(self, lane: Lane) -> list[Paused]:
         return lane.paused() if self._full is None else [Paused(lane.replica.base_url, None, self._full)]

@@ -50,6 +50,7 @@ class Lane:
         self.kept_clear = False
         self.failures_in_a_row = 0
         self.put_off_in_a_row = 0
+        self.complaint = ""
         self.doubt: Doubt[Line] | None = None
         self.canary: Call | None = None
         self.asked: tuple[Endpoint, str] | None = None
@@ -133,6 +134,10 @@ class Lane:
         url = self.replica.base_url
         found = [(None, self.breaker), *((model, absence.breaker) for model, absence in self.absent.items())]
         return [Paused(url, model, breaker.reason) for model, breaker in found if breaker.reason is not None]
+
+    def putting_off(self) -> list[Paused]:
+        """Return why lines have to be tried again, if that is what came last."""
+        return [Paused(self.replica.base_url, None, self.complaint)] if self.put_off_in_a_row else []
 
     def _room_beyond_breakers(self, now: float, model: str) -> int:
         absence = self.absent.get(model)

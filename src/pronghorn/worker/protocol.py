@@ -88,10 +88,11 @@ class Paused(msgspec.Struct, frozen=True):
 
 
 class Moved(msgspec.Struct, tag=True, frozen=True):
-    """What moved since the last report, and what is paused."""
+    """What moved since the last report, what is paused, and which replicas put lines off with their last answers."""
 
     shards: list[ShardProgress]
     paused: list[Paused]
+    putting_off: list[Paused] = []
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
