@@ -163,3 +163,16 @@ def test_a_batch_says_that_its_engine_limits_it_for_ever_and_goes_on_when_it_doe
         server.await_batch(batch_id, says_why)
         engines[0].behave = fair
         check_output(server, server.await_batch(batch_id), 20)
+
+
+async def refuses_one(wire: Wire) -> None:
+    if " number 0 " in wire.prompt:
+        await wire.answer(403, b'{"error": {"message": "flagged"}}')
+    else:
+        await wire.answer()
+
+
+def test_a_line_that_is_always_refused_holds_up_no_other(tmp_path: Path) -> None:
+    with running(refuses_one) as engines, serving(tmp_path, engines, refused_pause_s=0.1) as server:
+        batch_id = server.create_batch(server.upload(batch_input(LINES)))["id"]
+        server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] == LINES - 1)

@@ -74,26 +74,33 @@ class PromptQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._again: deque[T] = deque()
+        self._last: deque[T] = deque()
         self._sorted: list[T] = []
         self._taken = 0
         self._starts = 0
 
     def __len__(self) -> int:
-        return len(self._again) + len(self._sorted) - self._taken
+        return len(self._again) + len(self._sorted) - self._taken + len(self._last)
 
     def __iter__(self) -> Iterator[T]:
         yield from self._again
         yield from self._sorted[self._taken :]
+        yield from self._last
 
     @property
     def next_is_new(self) -> bool:
         """Tell whether what is taken next has not been put back."""
-        return not self._again
+        return not self._put_back
 
     @property
     def next_put_back(self) -> T | None:
         """Return what is taken next, if that has been put back."""
-        return self._again[0] if self._again else None
+        return self._put_back[0] if self._put_back else None
+
+    @property
+    def _put_back(self) -> deque[T]:
+        """Those that were put back of which one is taken next; none while others go first."""
+        return self._again if self._again or self._taken < len(self._sorted) else self._last
 
     def add(self, values: Iterable[T]) -> None:
         """Put values in their places among those that wait; equal prompts stay in the order they came in."""
@@ -105,29 +112,33 @@ class PromptQueue(Generic[T]):
         """Make a value that was taken the next one."""
         self._again.appendleft(value)
 
+    def put_last(self, value: T) -> None:
+        """Make a value that was taken the one that is taken after all others."""
+        self._last.append(value)
+
     def take(self) -> T:
         """Return the first."""
-        return self._again.popleft() if self._again else self._pop(self._taken)
+        return self._put_back.popleft() if self._put_back else self._pop(self._taken)
 
     def take_anywhere(self) -> T:
         """Return one that is far from where others have begun."""
-        if self._again:
-            return self._again.popleft()
+        if self._put_back:
+            return self._put_back.popleft()
         start = self._starts
         self._starts += 1
         return self._pop(self._taken + int(spread(start) * (len(self._sorted) - self._taken)))
 
     def take_after(self, prompt: bytes) -> T:
         """Return the one that follows a prompt in order, or else the last."""
-        if self._again:
-            return self._again.popleft()
+        if self._put_back:
+            return self._put_back.popleft()
         if prompt <= self._sorted[self._taken].prompt:
             return self._pop(self._taken)  # so it is where one replica takes everything, without a search
         return self._pop(min(self._place(prompt), len(self._sorted) - 1))
 
     def take_nearest(self, prompt: bytes) -> T:
         """Return one that shares most with a prompt."""
-        return self._again.popleft() if self._again else self._pop(self._nearest(prompt)[0])
+        return self._put_back.popleft() if self._put_back else self._pop(self._nearest(prompt)[0])
 
     def shares(self, prompt: bytes) -> int:
         """Return how many bytes the nearest, which is not one put back, has in common with a prompt."""

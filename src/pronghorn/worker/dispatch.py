@@ -316,7 +316,7 @@ class Dispatcher:
                 line.charged -= 1
                 _remember(line, pause.or_else, answer)
                 self._pause(lane, pause, run.model)
-                self._requeue(line)
+                self._send_others_first(line)
             case retry.Lost() as lost:
                 _remember(line, lost.failure, answer)
                 self._triage.lost(lane, line, lost, sent_at)
@@ -370,6 +370,14 @@ class Dispatcher:
             self._suspects.remove(line)
         line.run.put_back(line)
         self._give_up_if_closing(line.run)
+
+    def _send_others_first(self, line: Line) -> None:
+        """Make a line that was refused ready again behind all others: where it is at fault, another probes the way."""
+        run = line.run
+        run.put_back(line, last=True)
+        if run.key in self._runs:
+            self._runs[run.key] = self._runs.pop(run.key)
+        self._give_up_if_closing(run)
 
     # Engines that are not well
 

@@ -165,10 +165,13 @@ class ShardRun:
             self._room.set()
         return line
 
-    def put_back(self, line: Line) -> None:
-        """Make a pending line the next ready one."""
+    def put_back(self, line: Line, *, last: bool = False) -> None:
+        """Make a pending line the next ready one, or the last of those that have been read."""
         self.pending.discard(line)
-        self.ready.put_back(line)
+        if last:
+            self.ready.put_last(line)
+        else:
+            self.ready.put_back(line)
 
     def _add(self, lines: Iterable[RawLine]) -> None:
         self.ready.add(self._unrecorded(lines))
