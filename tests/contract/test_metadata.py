@@ -265,6 +265,10 @@ async def test_open_batches_are_those_that_have_not_ended_oldest_first(metadata:
         ("batch_a", S.IN_PROGRESS),
         ("batch_c", S.VALIDATING),
     ]
+    assert await metadata.open_states() == [
+        ("batch_a", OURS, S.IN_PROGRESS, None, 86410),
+        ("batch_c", THEIRS, S.VALIDATING, None, 86410),
+    ]
 
 
 # Moving a batch

@@ -16,7 +16,6 @@ from pronghorn.control import coordinator as module
 from pronghorn.control.coordinator import Coordinator
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
-from pronghorn.domain.model import Batch
 from pronghorn.engines.base import EnginePool
 from pronghorn.errors import InvariantError, StorageFull
 from pronghorn.executors.local import LocalExecutor
@@ -24,7 +23,7 @@ from pronghorn.ids import RandomIds
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
-from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.metadata import Metadata, OpenState
 from pronghorn.storage.segments import Segments
 from pronghorn.worker.protocol import Configure
 
@@ -37,11 +36,11 @@ class Refusing(Metadata):
         self.errors = errors
         self.asked_again = asyncio.Event()
 
-    async def open_batches(self) -> list[Batch]:
+    async def open_states(self) -> list[OpenState]:
         if self.errors:
             raise self.errors.pop(0)
         self.asked_again.set()
-        return await super().open_batches()
+        return await super().open_states()
 
 
 @pytest.fixture

@@ -17,11 +17,13 @@ from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Rout
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
 from pronghorn.domain.fairness import Candidate, FairShare
+from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import (
     Batch,
     BatchStatus,
     BlobRef,
     Closing,
+    Endpoint,
     Job,
     Parts,
     Progress,
@@ -35,7 +37,7 @@ from pronghorn.engines.base import EnginePool
 from pronghorn.errors import Fenced, StorageError
 from pronghorn.executors.base import Executor
 from pronghorn.storage.files import Files
-from pronghorn.storage.metadata import Metadata
+from pronghorn.storage.metadata import Metadata, OpenState
 from pronghorn.storage.segments import Segments
 from pronghorn.worker.protocol import Aside, Assign, Broken, Close, Configure, Done, Moved, Paused, Ready, Report, Sent
 
@@ -47,6 +49,8 @@ TICK_S = 0.5
 UNSENT_SHARDS_MAX = 2
 # How often a batch's counts are written while it runs, and after how long without one it is said to stand still.
 SHOW_INTERVAL_S = 0.5
+# After showing progress the coordinator does other things for so many times as long.
+SHOW_PAUSE_SHARE = 10
 STALLED_S = 10.0
 NO_ENGINE: Route = ()
 # A shard that the disk refused is not handed out again at once.
@@ -120,6 +124,7 @@ class Coordinator:
         self._paused: dict[CrewMember, list[Paused]] = {}
         self._putting_off: dict[CrewMember, list[Paused]] = {}
         self._shares: dict[Route, FairShare] = {}
+        self._show_at = 0.0
         self._stopping = False
 
     def wake(self) -> None:
@@ -266,17 +271,37 @@ class Coordinator:
 
     async def _look(self) -> None:
         """Bring every open batch on by whatever it is ready for."""
-        batches = await self._metadata.open_batches()
-        for batch in batches:
+        states = await self._metadata.open_states()
+        for state in states:
+            if not self._needs_a_look(state):
+                continue
+            batch = await self._metadata.batch(state.id, state.account_id)
+            if batch is None or batch.status in TERMINAL:
+                continue
             try:
                 await self._look_at(batch)
             except Fenced as fenced:
                 log.info("changed meanwhile, looked at again soon: %s", fenced)
-        for batch_id in self._open.keys() - {batch.id for batch in batches}:
+        for batch_id in self._open.keys() - {state.id for state in states}:
             del self._open[batch_id]
         await self._hand_out()
-        for opened in self._open.values():
-            await self._show_progress(opened)
+        await self._show_progress()
+
+    def _needs_a_look(self, state: OpenState) -> bool:
+        """Tell whether anything is to be done about a batch; most of thousands just wait."""
+        if self._is_due(state):
+            return True
+        if state.status is BatchStatus.VALIDATING:
+            return not self._planning and self._clock.monotonic() >= self._planning_held_until
+        opened = self._open.get(state.id)
+        if opened is None or opened.unfinished == 0 or opened.aside:
+            return True
+        return (opened.batch.status, opened.batch.closing) != (state.status, state.closing)
+
+    def _is_due(self, batch: Batch | OpenState) -> bool:
+        """Tell whether a batch's window has ended and nothing has closed it before."""
+        over = batch.expires_at is not None and self._clock.now() >= batch.expires_at
+        return over and batch.closing is None and batch.status is not BatchStatus.FINALIZING
 
     async def _look_at(self, batch: Batch) -> None:
         batch = await self._expire_if_due(batch)
@@ -298,8 +323,7 @@ class Coordinator:
                 del self._open[batch.id]
 
     async def _expire_if_due(self, batch: Batch) -> Batch:
-        due = batch.expires_at is not None and self._clock.now() >= batch.expires_at
-        if not due or batch.closing is not None or batch.status is BatchStatus.FINALIZING:
+        if not self._is_due(batch):
             return batch
         validating = batch.status is BatchStatus.VALIDATING
         status = BatchStatus.EXPIRED if validating else BatchStatus.FINALIZING
@@ -352,11 +376,17 @@ class Coordinator:
     async def _hand_out(self) -> None:
         """Keep every worker supplied, for each set of replicas that batches wait for."""
         waiting: dict[Route, list[_Open]] = {}
+        routes: dict[tuple[Endpoint, str | None], Route] = {}
         now = self._clock.monotonic()
         for batch in self._open.values():
+            if not batch.waiting or batch.held_until > now:
+                continue
             # Lines that are not sent any more need no engine, and wait for no batch that does.
-            route = self._route(batch.batch) if batch.batch.closing is None else NO_ENGINE
-            if batch.waiting and batch.held_until <= now and (route or batch.batch.closing is not None):
+            closing, asked = batch.batch.closing is not None, (batch.batch.endpoint, batch.batch.model)
+            if not closing and asked not in routes:
+                routes[asked] = self._route(batch.batch)
+            route = NO_ENGINE if closing else routes[asked]
+            if route or closing:
                 waiting.setdefault(route, []).append(batch)
         for route, batches in waiting.items():
             for member in self._members_with_room(route):
@@ -401,16 +431,27 @@ class Coordinator:
 
     # What people see
 
-    async def _show_progress(self, opened: _Open) -> None:
-        now = self._clock.monotonic()
-        if now - opened.shown_at < SHOW_INTERVAL_S:
+    async def _show_progress(self) -> None:
+        """Write what has changed for people; thousands of batches get a bounded share of the time."""
+        started = self._clock.monotonic()
+        if started < self._show_at:
             return
+        news = [shown for opened in self._open.values() if (shown := self._news(opened, started)) is not None]
+        if news:
+            await self._metadata.record_progress(news)
+        now = self._clock.monotonic()
+        self._show_at = now + (now - started) * SHOW_PAUSE_SHARE
+
+    def _news(self, opened: _Open, now: float) -> tuple[str, Tally, Progress] | None:
+        if now - opened.shown_at < SHOW_INTERVAL_S:
+            return None
         batch, tally = opened.batch, opened.tally.at_least(opened.batch.tally)
         opened.pace.note(now, tally.lines, _tokens(tally))
         progress = self._progress(opened, now, tally)
-        if (tally, progress) != opened.shown:
-            opened.shown, opened.shown_at = (tally, progress), now
-            await self._metadata.record_progress(batch.id, tally, progress)
+        if (tally, progress) == opened.shown:
+            return None
+        opened.shown, opened.shown_at = (tally, progress), now
+        return batch.id, tally, progress
 
     def _progress(self, opened: _Open, now: float, tally: Tally) -> Progress:
         speed = opened.pace.speed(opened.batch.total - tally.lines)

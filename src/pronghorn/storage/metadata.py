@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -52,6 +52,16 @@ class Page(NamedTuple):
 
     batches: list[Batch]
     has_more: bool
+
+
+class OpenState(NamedTuple):
+    """What decides whether a batch that has not ended needs a look."""
+
+    id: str
+    account_id: str
+    status: BatchStatus
+    closing: Closing | None
+    expires_at: int | None
 
 
 class Result(enum.StrEnum):
@@ -154,6 +164,17 @@ class Metadata:
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
         return [_batch(row) for row in rows]
 
+    async def open_states(self) -> list[OpenState]:
+        """Return where every batch that has not ended stands, oldest first; thousands are read in a moment."""
+        ended = [status.value for status in TERMINAL]
+        columns = (batches.c.id, batches.c.account_id, batches.c.status, batches.c.closing, batches.c.expires_at)
+        query = sa.select(*columns).where(batches.c.status.not_in(ended)).order_by(batches.c.order)
+        rows = await self._database.read(lambda c: c.execute(query).all())
+        return [
+            OpenState(key, account_id, BatchStatus(status), None if closing is None else Closing(closing), expires_at)
+            for key, account_id, status, closing, expires_at in rows
+        ]
+
     async def has_ended(self, batch_id: str) -> bool:
         """Tell whether a batch is over, or never was."""
         query = sa.select(batches.c.status).where(batches.c.id == batch_id)
@@ -229,12 +250,17 @@ class Metadata:
 
         await self._database.write(write)
 
-    async def record_progress(self, batch_id: str, tally: Tally, progress: Progress) -> None:
-        """Show how far a running batch is, how fast it moves, and why it does not if it does not."""
-        values = {**_tally_values(tally), "progress": msgspec.json.encode(progress)}
+    async def record_progress(self, shown: Sequence[tuple[str, Tally, Progress]]) -> None:
+        """Show how far running batches are, how fast they move, and why they do not if they do not."""
         running = [BatchStatus.IN_PROGRESS.value, BatchStatus.FINALIZING.value, BatchStatus.CANCELLING.value]
-        statement = batches.update().where(batches.c.id == batch_id, batches.c.status.in_(running)).values(**values)
-        await self._database.write(lambda c: c.execute(statement))
+
+        def write(connection: sa.Connection) -> None:
+            for batch_id, tally, progress in shown:
+                values = {**_tally_values(tally), "progress": msgspec.json.encode(progress)}
+                here = batches.c.id == batch_id, batches.c.status.in_(running)
+                connection.execute(batches.update().where(*here).values(**values))
+
+        await self._database.write(write)
 
     # Shards
 
