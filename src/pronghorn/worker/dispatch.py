@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -23,7 +22,6 @@ from pronghorn.domain.answers import Answer, Fault
 from pronghorn.domain.breaker import Breaker
 from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX, Casualty
 from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
-from pronghorn.engines.client import EngineClient, Timeouts
 from pronghorn.errors import Damaged, NotStored, StorageError, is_full, unreachable
 from pronghorn.limits import KIB, MIB
 from pronghorn.storage.blobs import Blobs
@@ -31,6 +29,7 @@ from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
 from pronghorn.worker import copies, results
 from pronghorn.worker.lane import Absence, Lane
+from pronghorn.worker.lanes import Lanes
 from pronghorn.worker.neighbours import next_line
 from pronghorn.worker.protocol import (
     Aside,
@@ -52,9 +51,6 @@ UNDURABLE_BYTES_MAX = 32 * MIB
 # Outcomes of a shard that is not complete wait for the disk together until there are so many, or for the next report of
 # progress, which is what shows that they are durable: every sync costs the disk a turn and the event loop two.
 SYNC_BYTES = 4 * MIB
-# Lines that wait to be tried again: past this no new line is sent. They are what a worker's memory holds beside the
-# lines that are read ahead.
-WAITING_LINES_MAX = 8192
 # What an engine said last is kept for the case that time runs out; an error is short, and thousands may wait.
 LAST_ANSWER_BYTES_MAX = 64 * KIB
 PROGRESS_INTERVAL_S = 0.25
@@ -95,11 +91,6 @@ def _is_404(answer: Answer | Fault) -> bool:
     return isinstance(answer, Answer) and answer.status == 404
 
 
-def _way(replica: Replica) -> tuple[str, str | None, int | None]:
-    """What a lane's connections and window hang on."""
-    return replica.base_url, replica.api_key_env, replica.window
-
-
 class Dispatcher:
     """Runs shards against engine replicas and reports what becomes of them."""
 
@@ -121,8 +112,7 @@ class Dispatcher:
         self._room = room
         self._clock = clock
         self._report = report
-        self._lanes: list[Lane] = []
-        self._live: dict[str, int] = {}
+        self._lanes = Lanes(config, clock, self._spawn, self.fill)
         self._runs: dict[ShardKey, ShardRun] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._waiting = 0
@@ -142,25 +132,15 @@ class Dispatcher:
     # Orders
 
     def use_replicas(self, replicas: list[Replica]) -> None:
-        """Send lines to these replicas from now on; lanes that stay keep their windows."""
-        kept = {_way(lane.replica): lane for lane in self._lanes}
-        self._lanes = []
-        for replica in replicas:
-            lane = kept.pop(_way(replica), None)
-            if lane is None:
-                lane = self._open_lane(replica)
-            lane.replica = replica  # its list of models may have changed
-            self._lanes.append(lane)
-        for lane in kept.values():
+        """Send lines to these replicas from now on."""
+        for lane in self._lanes.use(replicas):
             self._triage.give_up(lane)
             self._spawn(lane.close())
-        self.leave_room(self._live)
+        self.fill()
 
     def leave_room(self, live: dict[str, int]) -> None:
         """Leave room in the windows for so many live requests at each base URL."""
-        self._live = live
-        for lane in self._lanes:
-            lane.live = live.get(lane.replica.base_url, 0)
+        self._lanes.leave_room(live)
         self.fill()
 
     def assign(self, order: Assign) -> None:
@@ -198,8 +178,7 @@ class Dispatcher:
         for task in self._background:
             task.cancel()
         await self._commit()
-        for lane in self._lanes:
-            await lane.close()
+        await self._lanes.close()
 
     async def run(self) -> None:
         """Commit and report until cancelled; a failure of the disk, or of ours, ends it, and with it the process."""
@@ -229,44 +208,9 @@ class Dispatcher:
         if self._suspects or self._kept_clear is not None:
             self._run_suspects(now)
         for run in list(self._runs.values()):
-            while run.ready and (lane := self._roomiest(run, now)) is not None:
+            while run.ready and (lane := self._lanes.roomiest(run, now, self._waiting)) is not None:
                 self._send(next_line(lane, run, self._runs.values()), lane, now)
             self._note_sent(run)
-
-    def _roomiest(self, run: ShardRun, now: float) -> Lane | None:
-        """Return the replica with most room for the run's next line.
-
-        While lines wait to be tried again, an engine that fails every line gets no new ones to spoil. A line that one
-        replica has failed goes to another.
-        """
-        new = self._waiting > 0 and run.ready.next_is_new
-        again = run.ready.next_put_back
-        if new and self._waiting >= WAITING_LINES_MAX:
-            return None
-        best, best_room = None, 0
-        for lane in self._lanes:
-            if (
-                (room := lane.room(now, run.model)) > best_room
-                and lane.replica.answers(run.endpoint, run.model)
-                and not (new and lane.fails_every_line)
-                and not (again is not None and again.failed_at and self._is_shunned(lane, again))
-            ):
-                best, best_room = lane, room
-        return best
-
-    def _is_shunned(self, lane: Lane, line: Line) -> bool:
-        """Tell whether a line has failed here and can still be tried at another replica."""
-        return lane.replica.base_url in line.failed_at and self._can_go_elsewhere(line)
-
-    def _can_go_elsewhere(self, line: Line) -> bool:
-        """Tell whether a replica that has not failed the line serves lines like it."""
-        run, failed_at = line.run, line.failed_at
-        return any(
-            lane.replica.base_url not in failed_at and lane.serves(run.endpoint, run.model) for lane in self._lanes
-        )
-
-    def _another_serves(self, lane: Lane, run: ShardRun) -> bool:
-        return any(other is not lane and other.serves(run.endpoint, run.model) for other in self._lanes)
 
     def _send(self, line: Line, lane: Lane, now: float) -> None:
         run = line.run
@@ -284,7 +228,7 @@ class Dispatcher:
     def _answered(self, line: Line, lane: Lane, sent_at: float, answer: Answer | Fault) -> None:
         run, now = line.run, self._clock.monotonic()
         # What another replica answers is no line's fault, however long this one has not known the model.
-        absent_s = lane.absent_s(now, run.model) if lane.absent and not self._another_serves(lane, run) else 0.0
+        absent_s = lane.absent_s(now, run.model) if lane.absent and not self._lanes.another_serves(lane, run) else 0.0
         effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
         verdict = retry.judge(answer, run.endpoint, effort, self._clock.wall(), self._patience)
         refused = retry.shows_overload(answer)
@@ -341,9 +285,9 @@ class Dispatcher:
         lane.failures_in_a_row += again.costs_attempt
         lane.put_off_in_a_row += 1
         lane.complaint = retry.complaint(answer, again)
-        if lane.puts_every_line_off and self._another_serves(lane, line.run):
+        if lane.puts_every_line_off and self._lanes.another_serves(lane, line.run):
             self._pause(lane, retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_ALL), line.run.model)
-        if not again.costs_attempt and self._can_go_elsewhere(line):
+        if not again.costs_attempt and self._lanes.can_go_elsewhere(line):
             again = again._replace(wait_s_min=0.0, wait_s_max=0.0)
         self._try_again(line, again, answer)
 
@@ -450,8 +394,7 @@ class Dispatcher:
         if not self._suspects:
             return
         line = self._suspects[0]
-        able = [lane for lane in self._lanes if lane.replica.answers(line.run.endpoint, line.run.model)]
-        lane = min(able, key=lambda lane: (lane.breaker.reason is not None, lane.in_flight), default=None)
+        lane = self._lanes.emptiest(line.run)
         if lane is None:
             return
         lane.kept_clear, self._kept_clear = True, lane
@@ -615,20 +558,6 @@ class Dispatcher:
         return lane.paused() if self._full is None else [Paused(lane.replica.base_url, None, self._full)]
 
     # Plumbing
-
-    def _open_lane(self, replica: Replica) -> Lane:
-        key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        client = EngineClient(
-            replica.base_url,
-            headers=headers,
-            timeouts=Timeouts(total_s=self._config.line_timeout_s, first_byte_s=self._config.line_timeout_s),
-            answer_bytes_max=self._config.answer_bytes_max,
-        )
-        lane = Lane(replica, client)
-        if replica.window is None:
-            lane.watching = self._spawn(lane.watch_gauges(headers, self._clock, self.fill))
-        return lane
 
     def _check_drained(self) -> None:
         if not any(lane.in_flight for lane in self._lanes):
