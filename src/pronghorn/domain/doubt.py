@@ -37,6 +37,7 @@ class Doubt(Generic[LineT]):
     witnesses: int
     casualties: list[Casualty[LineT]] = field(default_factory=list)
     survivors: int = 0
+    canaries_lost: int = 0
 
     def add(self, line: LineT, lost: Lost, sent_at: float) -> None:
         """Count a line in that was lost."""

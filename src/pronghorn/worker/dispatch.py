@@ -388,8 +388,8 @@ class Dispatcher:
     def _run_suspects(self, now: float) -> None:
         """Run suspected lines one after the other, each alone on a replica that is kept clear for it."""
         if (lane := self._kept_clear) is not None:
-            if lane.in_flight and lane in self._lanes:
-                return  # it is being cleared, or a suspect runs
+            if (lane.in_flight or lane.doubt is not None) and lane in self._lanes:
+                return  # it is being cleared, a suspect runs, or what became of the last one is not known yet
             lane.kept_clear, self._kept_clear = False, None
         if not self._suspects:
             return

@@ -25,6 +25,9 @@ CANARY_S_MAX = 30.0
 # An engine that has lines and answers none for so long is asked whether it hangs.
 QUIET_S_MAX = 60.0
 
+# One lost canary may have met an engine that was just ending; so many show one that is there and loses what it gets.
+CANARIES_LOST_MAX = 3
+
 HANGS = "the engine takes requests and answers none, not even one of a single token"
 
 
@@ -103,8 +106,18 @@ class Triage:
                 self._settle(lane, Finding(doubt, alive=False, pause=pause, silent=True))
             case retry.Pause(model_only=False):
                 self._settle(lane, Finding(doubt, alive=False, pause=verdict))
+            case retry.Lost(hung=False):
+                self._canary_lost(lane, doubt)
             case _:
                 self._settle(lane, Finding(doubt, alive=True))
+
+    def _canary_lost(self, lane: Lane, doubt: Doubt[Line]) -> None:
+        """Ask again after a while, by when an engine that was just ending is gone or replaced."""
+        doubt.canaries_lost += 1
+        if doubt.canaries_lost < CANARIES_LOST_MAX:
+            asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
+        else:
+            self._settle(lane, Finding(doubt, alive=True))
 
     def _settle(self, lane: Lane, finding: Finding) -> None:
         lane.doubt = None
