@@ -27,6 +27,8 @@ from pronghorn.system import System, running
 log = logging.getLogger("pronghorn.serve")
 
 KEEP_ALIVE_S = 75
+# How long a thread that plans a batch may keep the interpreter from a request, which asks for it some ten times.
+THREAD_SWITCH_S = 0.0005
 
 
 def settings_from(config: Path | None, **flags: object) -> Settings:
@@ -44,6 +46,7 @@ def serve(settings: Settings) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what clients send wrong is answered, not logged
+    sys.setswitchinterval(THREAD_SWITCH_S)
     listener = _listen(settings.host, settings.port)
     uvloop.run(_serve(settings, listener))
 
