@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class Engine:
         if not self.running:
             return math.inf
         left = self._ends[0][0] - self._progress
-        if self._kv < math.inf and self.model.kv_tokens < math.inf:
+        if self.running > 1 and self.model.kv_tokens < math.inf:
             left = min(left, (self.model.kv_tokens - self._kv) / self.running)
         return self._now + max(0.0, left) / self._pace()
 
@@ -345,16 +346,20 @@ class Trial:
     models: tuple[Model, ...]
     lines: int
     fixed: tuple[tuple[int, ...], ...]
+    spread: float = 0.8
 
     @cache  # noqa: B019
     def best_fixed(self, seed: int) -> float:
         """Return the time that the batch takes with the best fixed number of lines in flight."""
-        runs = (simulate(self.models, [[Fixed(n) for n in limits]], batch(seed, self.lines)) for limits in self.fixed)
+        runs = (simulate(self.models, [[Fixed(n) for n in limits]], self._batch(seed)) for limits in self.fixed)
         return min(run.took_s for run in runs)
 
     def run(self, seed: int, *, gauges: bool) -> Run:
         """Run the batch with windows that find their size."""
-        return simulate(self.models, [[Window() for _ in self.models]], batch(seed, self.lines), gauges=gauges)
+        return simulate(self.models, [[Window() for _ in self.models]], self._batch(seed), gauges=gauges)
+
+    def _batch(self, seed: int) -> list[Line]:
+        return batch(seed, self.lines, spread=self.spread)
 
 
 TRIALS = (
@@ -378,8 +383,42 @@ TRIALS = (
 )
 
 
+def random_trial(seed: int) -> tuple[Trial, float]:
+    """Return a server of 1 to 1,000 slots whose answers take 10 ms to 60 s, and how widely their lengths spread."""
+    rng = random.Random(seed)
+    slots, answer_s = round(2 ** rng.uniform(0, 10)), 10 ** rng.uniform(-2, 1.8)
+    spread = rng.choice([0, 0.3, 0.6, 0.8, 1.0, 1.2])
+    slowdown = rng.choice([0, 0, 1 / slots, 2 / slots])
+    kv_tokens = max(1500.0, rng.choice([math.inf, math.inf, slots * 100 * rng.uniform(0.8, 2)]))
+    lines = min(16_000, max(300, round(slots * 2 ** rng.uniform(5, 8))))
+    model = Model(slots=slots, token_s=answer_s / 100, slowdown=slowdown, kv_tokens=kv_tokens)
+    fixed = tuple((max(1, round(slots * factor)),) for factor in (0.5, 1.1, 1.25, 2))
+    return Trial(f"{slots} slots, {answer_s:.2f} s", (model,), lines, fixed, spread), kv_tokens / slots
+
+
 def main() -> None:
-    """Print the share of the best fixed number of lines in flight, as the table in docs/PERFORMANCE.md."""
+    """Print shares of the best fixed number of lines in flight: of TRIALS, or of random ones with seeds FROM to TO."""
+    if len(sys.argv) == 3:
+        print_random(range(int(sys.argv[1]), int(sys.argv[2])))
+    else:
+        print_trials()
+
+
+def print_random(seeds: range) -> None:
+    print("| seed | server | spread | memory a slot | lines a slot | best, s | gauges | black box |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for seed in seeds:
+        trial, memory = random_trial(seed)
+        best = trial.best_fixed(seed)
+        shares = " | ".join(f"{best / trial.run(seed, gauges=gauges).took_s:.1%}" for gauges in (True, False))
+        per_slot = trial.lines / trial.models[0].slots
+        print(
+            f"| {seed} | {trial.name} | {trial.spread} | {memory:.0f} | {per_slot:.0f} | {best:.1f} | {shares} |",
+            flush=True,
+        )
+
+
+def print_trials() -> None:
     print("| server | with gauges | black box | most in flight | 429s |\n|---|---:|---:|---:|---:|")
     for trial in TRIALS:
         best = sum(trial.best_fixed(seed) for seed in SEEDS)
