@@ -88,7 +88,7 @@ PEERS = (
         nginx.MODEL,
         "its metadata service as `--dry-run` wires it (local storage and metastore, not crash-safe by its own word), "
         "with its own GatewayEndpointSource for nginx in place of the echo; in production it runs on Kubernetes with "
-        "Redis. Its HTTP client opens at most 100 connections.",
+        "Redis. Its adaptive concurrency is off, and its HTTP client opens at most 100 connections.",
         in_batch=True,
     ),
 )
