@@ -59,7 +59,7 @@ bench-tools: ## Install the Debian packages that the benchmarks need (root)
 	@for tool in nginx wrk; do PATH="$$PATH:/usr/sbin" command -v $$tool >/dev/null || missing=$$tool; done; \
 	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q nginx-light wrk; }
 
-# make bench SCALE=smoke shows in a minute that it works, SCALE=quick measures less; both only print.
+# make bench SCALE=smoke shows in two minutes that it works, SCALE=quick measures less; both only print.
 .PHONY: bench
 bench: install bench-tools ## Run the benchmarks, in a quarter of an hour; the page and its picture go to docs
 	$(BIN)/python -m bench.suite $(if $(SCALE),--scale $(SCALE),--to docs)

@@ -13,14 +13,18 @@ from bench.machine import description
 from bench.picture import svg
 from bench.rows import Scale, Section, markdown
 
-# python -m bench.flow takes twenty minutes for all of its models; these two stand for them.
-FLOW = ("kv", "long")
+
+def _flow(scale: Scale) -> Section:
+    """Two models stand for all those that `python -m bench.flow` takes twenty minutes for."""
+    return flow.measure(scale, ("slots4",) if scale is Scale.SMOKE else ("kv", "long"))
+
+
 SUITE: Mapping[str, Callable[[Scale], Section]] = {
     "dispatch": dispatch.measure,
     "stages": stages.measure,
     "workers": workers.measure,
     "latency": latency.measure,
-    "flow": lambda scale: flow.measure(scale, FLOW),
+    "flow": _flow,
     "embedded": embedded.measure,
     "prefix": prefix.measure,
     "memory": memory.measure,
