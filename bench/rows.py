@@ -43,8 +43,9 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """The value as a multiple of what it stands beside."""
-        return self.value / statistics.median(self.beside_values) if self.beside_values else None
+        """The value as a multiple of what it stands beside, if there is something and it is not nothing."""
+        beside = statistics.median(self.beside_values) if self.beside_values else 0.0
+        return self.value / beside if beside else None
 
 
 class Section(NamedTuple):

@@ -18,6 +18,10 @@ def test_a_row_shows_median_range_and_ratio() -> None:
     assert line == "| Pronghorn <one> | 11,000 lines/s | 10,000 to 12,000 | bare client | 0.25 | at least 10,000 |"
 
 
+def test_there_is_no_ratio_to_nothing() -> None:
+    assert Row("hits", [60], "%", "before", [0]).ratio is None
+
+
 @pytest.mark.parametrize("beside", [Row("wrk", [40_000], "requests/s"), Row("peer", [90], "lines/s")])
 def test_a_picture_shows_every_row_in_proportion(beside: Row) -> None:
     picture = xml.etree.ElementTree.fromstring(svg("Rates", [OURS, beside]))
