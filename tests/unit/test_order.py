@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from typing import NamedTuple
 
 import pytest
@@ -93,6 +94,20 @@ def test_one_replica_goes_through_everything_in_order_and_two_through_a_part_eac
         second.append(waiting.take_after(second[-1].prompt))
     assert [value.prompt for value in first] == prompts[:31]
     assert [value.prompt for value in second] == prompts[50:81]
+
+
+def test_what_was_taken_is_let_go_with_the_last() -> None:
+    class Watched:
+        def __init__(self, prompt: bytes) -> None:
+            self.prompt = prompt
+
+    for takes in (("first", "first", "first"), ("first", "last", "last")):
+        waiting: PromptQueue[Watched] = PromptQueue()
+        waiting.add([Watched(prompt) for prompt in (b"a", b"b", b"c")])
+        held = weakref.WeakSet(waiting)
+        for take in takes:
+            waiting.take() if take == "first" else waiting.take_after(b"z")
+        assert not held
 
 
 def test_the_nearest_is_the_neighbour_that_shares_more() -> None:

@@ -155,11 +155,12 @@ class PromptQueue(Generic[T]):
         return bisect_left(self._sorted, prompt, lo=self._taken, key=_prompt)
 
     def _pop(self, index: int) -> T:
-        if index != self._taken:
-            return self._sorted.pop(index)
-        value = self._sorted[index]
-        self._taken += 1
-        if self._taken == _TAKEN_MAX:
+        if index == self._taken:
+            value = self._sorted[index]
+            self._taken += 1
+        else:
+            value = self._sorted.pop(index)
+        if self._taken in (_TAKEN_MAX, len(self._sorted)):  # the last does not hold those before it
             self._forget_taken()
         return value
 
