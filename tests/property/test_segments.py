@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pronghorn.domain.model import ShardKey, Usage
 from pronghorn.storage.segments import Fate, Outcome, Segments, encode
+from tests.disks import in_memory
 
 KEY = ShardKey("batch_1", 0)
 
@@ -26,7 +27,7 @@ outcomes = st.builds(
 @given(st.lists(st.tuples(st.lists(outcomes, max_size=6), st.integers(0, 200)), max_size=4))
 def test_recovery_finds_the_earliest_whole_record_of_each_line(attempts: list[tuple[list[Outcome], int]]) -> None:
     expected: dict[int, Outcome] = {}
-    with TemporaryDirectory() as directory:
+    with TemporaryDirectory(dir=in_memory()) as directory:
         segments = Segments(Path(directory))
         for epoch, (recorded, torn_bytes) in enumerate(attempts, start=1):
             writer = segments.create(KEY, epoch)

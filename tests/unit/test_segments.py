@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from pronghorn.domain.model import ShardKey, Tally, Usage
 from pronghorn.storage.segments import Fate, Outcome, Place, Segments, encode, tally
+from tests.disks import in_memory
 
 KEY = ShardKey("batch_1", 3)
 
@@ -31,8 +34,14 @@ def result_at(place: Place) -> bytes:
 
 
 @pytest.fixture
-def segments(tmp_path: Path) -> Segments:
-    return Segments(tmp_path)
+def folder() -> Iterator[Path]:
+    with TemporaryDirectory(dir=in_memory()) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def segments(folder: Path) -> Segments:
+    return Segments(folder)
 
 
 def test_a_shard_never_tried_has_no_outcomes(segments: Segments) -> None:
@@ -76,7 +85,7 @@ def test_an_epoch_has_one_segment(segments: Segments) -> None:
         segments.create(KEY, 1)
 
 
-def test_a_torn_tail_costs_the_torn_record_alone_wherever_it_was_torn(segments: Segments, tmp_path: Path) -> None:
+def test_a_torn_tail_costs_the_torn_record_alone_wherever_it_was_torn(segments: Segments, folder: Path) -> None:
     outcomes = [outcome(1, result=b"first"), outcome(2, result=b""), outcome(3, Fate.FAILED, b"third\n")]
     [path] = {place.segment for place in record(segments, 1, *outcomes)}
     whole, ends = path.read_bytes(), []
@@ -123,7 +132,7 @@ def test_shards_whose_names_begin_alike_do_not_meet(segments: Segments) -> None:
     assert list(segments.recover(ShardKey("batch_1", 11))) == [11]
 
 
-def test_discarding_twice_or_what_was_never_there_is_fine(segments: Segments, tmp_path: Path) -> None:
+def test_discarding_twice_or_what_was_never_there_is_fine(segments: Segments, folder: Path) -> None:
     record(segments, 1, outcome(1))
     record(segments, 2, outcome(2))
     segments.discard(KEY)
@@ -131,14 +140,14 @@ def test_discarding_twice_or_what_was_never_there_is_fine(segments: Segments, tm
     assert segments.recover(KEY) == {}
     segments.discard_batch("batch_1")
     segments.discard_batch("batch_1")
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
-def test_a_batch_s_segments_go_with_it(segments: Segments, tmp_path: Path) -> None:
+def test_a_batch_s_segments_go_with_it(segments: Segments, folder: Path) -> None:
     record(segments, 1, outcome(1))
     record(segments, 1, outcome(1), key=ShardKey("batch_2", 0))
     segments.discard_batch("batch_1")
-    assert [path.name for path in tmp_path.iterdir()] == ["batch_2"]
+    assert [path.name for path in folder.iterdir()] == ["batch_2"]
 
 
 def test_outcomes_add_up(segments: Segments) -> None:
