@@ -53,13 +53,19 @@ MUTATIONS = {
         "storage/durable.py",
         "        os.fsync(descriptor)\n",
         "        os.fstat(descriptor)\n",
-        "tests/faults/test_power.py -k survives_a_power_cut",
+        "tests/faults/test_power.py -k server_shows",
     ),
     "the sync of the log at the start": Mutation(
         "storage/database.py",
         "        self._sync_log()\n",
         "",
-        "tests/faults/test_power.py -k survives_a_power_cut",
+        "tests/faults/test_power.py -k server_shows",
+    ),
+    "the sync of outcomes that are found": Mutation(
+        "storage/segments.py",
+        "        _sync(file.fileno(), path)\n",
+        "",
+        "tests/faults/test_power.py -k worker_finds",
     ),
     "the clock that nobody sets": Mutation(
         "clock.py",

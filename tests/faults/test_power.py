@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -154,3 +155,31 @@ def test_what_a_server_shows_after_a_kill_survives_a_power_cut(
     disk.restore()
     with Server(data_dir, "--config", config) as server:
         assert server.content(file["id"]) == content
+
+
+def test_what_a_worker_finds_after_a_kill_survives_a_power_cut(
+    disk: PowerDisk, tmp_path: Path, engine: ScriptedProcess
+) -> None:
+    """A killed worker may have written outcomes and not synced them: once the next one counts them, they stay."""
+    quick, endless = batch_input(4), batch_input(2, "[[scripted delay_ms=600000]]").replace(b"line-", b"endless-")
+    config, died = str(settings_file(tmp_path, engine)), False
+
+    def die_before_syncing_outcomes(call: Call) -> Answer:
+        nonlocal died
+        if died or call.name not in SYNCS or not call.concerns(disk.path, ".segment"):
+            return None
+        died = True
+        return Kill()
+
+    def recorded(batch: dict[str, Any]) -> bool:
+        return died and batch["request_counts"]["completed"] == 4 and engine.ledger()["in_flight"] == 2
+
+    before = engine.ledger()["requests"]
+    with Server(disk.path, "--config", config, watched=Watched(die_before_syncing_outcomes)) as server:
+        batch_id = server.create_batch(server.upload(quick + endless))["id"]
+        server.await_batch(batch_id, recorded)
+        disk.cut()
+    disk.restore()
+    with Server(disk.path, "--config", config) as server:
+        server.await_batch(batch_id, lambda batch: recorded(batch) and engine.ledger()["requests"] >= before + 10)
+    assert engine.ledger()["requests"] == before + 10, "the four lines once, the endless ones at each of three starts"
