@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import enum
 import os
+import platform
 import random
 import shutil
+import sys
 
 import pytest
 
@@ -29,6 +31,12 @@ class Bed:
     def times(self, *, small: int, ci: int, long: int) -> int:
         """Return how often to do it at this scale."""
         return {Scale.SMALL: small, Scale.CI: ci, Scale.LONG: long}[self.scale]
+
+
+def require_seccomp() -> None:
+    """Stop a test that watches system calls where tests/syscalls.py cannot; in CI that is a failure."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        _cannot_run("it needs Linux on x86-64 or ARM")
 
 
 def require_root() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.beds import Bed
+from tests.beds import Bed, require_seccomp
 from tests.faults.life import Client, settings_file
 from tests.processes import POLL_S, ScriptedProcess, Server
 from tests.syscalls import SYNCS, TAKES_ROOM, WRITES, Answer, Call, Watched
@@ -66,6 +66,7 @@ class PatientHttp(httpx2.Client):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess]:
+    require_seccomp()
     with ScriptedProcess(tmp_path_factory.mktemp("engine") / "engine.log", latency_ms=5) as engine:
         yield engine
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.beds import Bed
+from tests.beds import Bed, require_seccomp
 from tests.disks import PowerDisk, power_disk
 from tests.faults.life import Client, calls_by_body, settings_file
 from tests.faults.test_kill import batch_input
@@ -54,6 +54,7 @@ class PowerCut:
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_seccomp()
     return tmp_path_factory.mktemp("books") / "ledger.jsonl"
 
 

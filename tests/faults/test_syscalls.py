@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import httpx2
 import pytest
-from tests.beds import Bed
+from tests.beds import Bed, require_seccomp
 from tests.faults.life import Client, calls_by_body, settings_file
 from tests.processes import ScriptedProcess, Server
 from tests.syscalls import Answer, Call, Kill, Watched
@@ -74,6 +74,7 @@ class Toll(NamedTuple):
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_seccomp()
     return tmp_path_factory.mktemp("books") / "ledger.jsonl"
 
 
