@@ -49,7 +49,7 @@ def keep_busy(lane: Lane, runs: list[ShardRun], slots: int) -> int:
     begun = slots
     while any(run.ready for run in runs):
         done = sent.pop(0)
-        lane.prompt = done.prompt
+        lane.freed_prompts.append(done.prompt)
         line = next_line(lane, next(run for run in runs if run.ready), runs)
         begun += line.prompt[:400] != done.prompt[:400]
         sent.append(line)
@@ -73,10 +73,17 @@ async def test_small_shards_of_a_batch_are_gone_through_together(client: EngineC
     assert keep_busy(slotted(client, 4), runs, 4) <= 7
 
 
+async def test_slots_that_are_freed_together_each_stay_with_their_prompt(client: EngineClient) -> None:
+    run, lane = shard(0, *prompts(1, 2, lines=10)), slotted(client, 2)
+    for _ in range(5):
+        lane.freed_prompts += [b"2" * 400, b"1" * 400]
+        assert [next_line(lane, run, [run]).prompt[:1] for _ in range(2)] == [b"2", b"1"]
+
+
 async def test_another_batch_lends_nothing(client: EngineClient) -> None:
     first, other = shard(0, *prompts(1, lines=2)), shard(0, *prompts(2, lines=2), batch="batch_2")
     lane = slotted(client, 1)
-    lane.prompt = b"2" * 400
+    lane.freed_prompts.append(b"2" * 400)
     assert next_line(lane, first, [first, other]).run is first
 
 
@@ -85,7 +92,7 @@ async def test_an_older_shard_is_passed_over_for_a_while_only(client: EngineClie
     lane = slotted(client, 1)
     runs = []
     for _ in range(PASSED_OVER_MAX + 1):
-        lane.prompt = b"2" * 400
+        lane.freed_prompts.append(b"2" * 400)
         runs.append(next_line(lane, old, [old, young]).run)
     assert runs == [young] * PASSED_OVER_MAX + [old]
 
@@ -95,7 +102,7 @@ async def test_a_line_put_back_goes_first(client: EngineClient) -> None:
     lane = slotted(client, 1)
     again = next_line(lane, old, [old, young])
     old.put_back(again)
-    lane.prompt = b"2" * 400
+    lane.freed_prompts.append(b"2" * 400)
     assert next_line(lane, old, [old, young]) is again
 
 

@@ -236,7 +236,7 @@ class Dispatcher:
         lane.in_flight -= 1
         lane.quiet_since = now
         if lane.replica.slots is not None:
-            lane.prompt = line.prompt
+            lane.freed_prompts.append(line.prompt)
         line.call = None
         if lane.probe is line:
             lane.probe = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -45,7 +46,8 @@ class Lane:
         self.in_flight = 0
         self.held = 0
         self.live = 0
-        self.prompt: bytes | None = None
+        self.last_prompt: bytes | None = None
+        self.freed_prompts: deque[bytes] = deque(maxlen=replica.slots)
         self.probe: Line | None = None
         self.kept_clear = False
         self.failures_in_a_row = 0

@@ -1,7 +1,7 @@
 """Which of the ready lines a replica gets next: one whose prompt begins like what the replica has in its cache.
 
-A replica of slots keeps one prompt in each. The line that it has just answered has left a slot free, so what goes out
-next goes on from that line's prompt; each slot so walks through prompts of its own. Any other replica keeps prompts for
+A replica of slots keeps one prompt in each. Each line that it has answered has left a slot free, so what goes out next
+goes on from that line's prompt; each slot so walks through prompts of its own. Any other replica keeps prompts for
 all its lines together, and walks through them in order.
 """
 
@@ -21,13 +21,13 @@ PASSED_OVER_MAX = 64
 def next_line(lane: Lane, run: ShardRun, runs: Iterable[ShardRun]) -> Line:
     """Take the ready line of `run` that suits the lane best; for a while, another shard of its batch may have it."""
     if lane.replica.slots is None:
-        line = run.ready.take_anywhere() if lane.prompt is None else run.ready.take_after(lane.prompt)
+        line = run.ready.take_anywhere() if lane.last_prompt is None else run.ready.take_after(lane.last_prompt)
         if line.tries == 0:
-            lane.prompt = line.prompt
+            lane.last_prompt = line.prompt
         return run.took(line)
-    prompt, lane.prompt = lane.prompt, None
-    if prompt is None:
+    if not lane.freed_prompts:
         return run.took(run.ready.take_anywhere())
+    prompt = lane.freed_prompts.popleft()
     best = _best(run, prompt, runs) if run.ready.next_is_new and run.passed_over < PASSED_OVER_MAX else run
     run.passed_over += best is not run
     return best.took(best.ready.take_nearest(prompt))
