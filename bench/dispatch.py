@@ -104,7 +104,7 @@ def bare(base_url: str, connections: int, requests: int) -> tuple[float, float]:
 
 def measure(scale: Scale) -> Section:
     """Compare the pipeline with wrk and with a bare client against the same nginx, taking turns."""
-    rounds, seconds = scale.times(smoke=1, quick=3, full=5), scale.times(smoke=1, quick=1, full=3)
+    rounds, seconds = scale.times(smoke=1, quick=3, full=3), scale.times(smoke=1, quick=1, full=3)
     short, long = scale.times(smoke=0, quick=5_000, full=10_000), scale.times(smoke=1_000, quick=45_000, full=110_000)
     requests = scale.times(smoke=2_000, quick=40_000, full=120_000)
     runs: list[Run] = []
