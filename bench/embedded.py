@@ -26,6 +26,8 @@ from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines.llamacpp import LlamaCppEngine
 from pronghorn.settings import LlamaCppSettings
 
+LLAMACPP, OPENVINO = "llama.cpp", "openvino"
+DEFAULT_ENGINE = OPENVINO if suits() else LLAMACPP
 PROMPT_WORDS = 66  # with the template about 90 tokens
 NEW_TOKENS = 48
 TEXT = (
@@ -91,14 +93,20 @@ def start_server(replicas: list[Replica], scratch: Path) -> tuple[subprocess.Pop
     return server, base_url, job_id
 
 
-async def compare(rounds: int, lines: int, search_lines: int, concurrencies: Sequence[int], seed: int) -> Section:
+def engine_named(name: str) -> Engine:
+    return OpenVinoEngine(OpenVinoSettings()) if name == OPENVINO else LlamaCppEngine(LlamaCppSettings())
+
+
+async def compare(name: str, rounds: int, lines: int, search_lines: int, shares: Sequence[float], seed: int) -> Section:
     """Find the bare client's best concurrency, then let Pronghorn and the client take turns."""
     rng = random.Random(seed)
-    engine = LlamaCppEngine(LlamaCppSettings())
+    engine = engine_named(name)
     await engine.start(lambda: None)
     replicas = [r for r in engine.replicas() if Endpoint.CHAT_COMPLETIONS in r.endpoints]
     ours: list[float] = []
     alone: list[float] = []
+    slots = sum(replica.slots or 1 for replica in replicas)
+    concurrencies = [max(1, round(slots * share)) for share in shares]
     try:
         searched = {n: search_lines / await bare(replicas, bodies(rng, search_lines), n) for n in concurrencies}
         best = max(searched, key=lambda concurrency: searched[concurrency])
@@ -118,29 +126,32 @@ async def compare(rounds: int, lines: int, search_lines: int, concurrencies: Seq
     client = f"bare client, {best} at once"
     rows = [Row("Pronghorn", ours, "lines/s", client, alone, "ratio at least 0.95"), Row(client, alone, "lines/s")]
     rows += [Row(f"search: {n} at once", [rate], "lines/s") for n, rate in searched.items()]
-    return Section("Beside the embedded engine", HOW.format(lines=lines), rows)
+    return Section(f"Beside the embedded engine, {name}", HOW.format(lines=lines), rows)
 
 
 def bodies(rng: random.Random, count: int) -> list[bytes]:
     return [body(rng) for _ in range(count)]
 
 
-def measure(scale: Scale, rounds: int = 1, lines: int | None = None, seed: int = 1) -> Section:
+def measure(
+    scale: Scale, rounds: int = 1, lines: int | None = None, seed: int = 1, engine: str = DEFAULT_ENGINE
+) -> Section:
     """Compare at this scale, or with so many lines."""
     lines = lines or scale.times(smoke=4, quick=64, full=192)
     search_lines = min(64, max(4, lines // 4))
-    concurrencies = (16,) if scale is Scale.SMOKE else (8, 16, 24)
-    return asyncio.run(compare(rounds, lines, search_lines, concurrencies, seed))
+    shares = (1,) if scale is Scale.SMOKE else (0.5, 1, 1.5)
+    return asyncio.run(compare(engine, rounds, lines, search_lines, shares, seed))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
     parser.add_argument("--lines", type=int)
+    parser.add_argument("--engine", choices=[LLAMACPP, OPENVINO], default=DEFAULT_ENGINE)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    print(markdown([measure(options.scale, options.rounds, options.lines, options.seed)]))
+    chosen = parser.parse_args()
+    print(markdown([measure(chosen.scale, chosen.rounds, chosen.lines, chosen.seed, chosen.engine)]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import platformdirs
@@ -46,6 +46,22 @@ class LlamaCppSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ] = 512
 
 
+class OpenVinoSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The embedded engine for processors that it suits."""
+
+    use: Annotated[
+        Literal["auto", "always", "never"],
+        Meta(description="whether it generates; auto: where it is installed and faster, unless llamacpp has a model"),
+    ] = "auto"
+    model: Annotated[str | None, Meta(description="a GGUF file; the built-in small model when left out")] = None
+    slots: Annotated[Positive | None, Meta(description="lines run at once; from cores and memory when left out")] = None
+    threads: Annotated[Positive | None, Meta(description="threads of the engine; one a core when left out")] = None
+    context_tokens: Annotated[int, Meta(ge=256, description="prompt and answer of one line, in tokens")] = 2048
+    answer_tokens: Annotated[
+        int, Meta(ge=1, description="longest answer to a line that sets no max_tokens of its own, in tokens")
+    ] = 512
+
+
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The server's settings."""
 
@@ -59,6 +75,9 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         tuple[UpstreamSettings, ...], Meta(description="servers to send lines to; the embedded engine when empty")
     ] = ()
     llamacpp: Annotated[LlamaCppSettings, Meta(description="the embedded engine")] = LlamaCppSettings()
+    openvino: Annotated[OpenVinoSettings, Meta(description="the embedded engine for processors that it suits")] = (
+        OpenVinoSettings()
+    )
     prompt_order: Annotated[
         bool, Meta(description="send lines whose prompts begin alike one after the other, not in the order of the file")
     ] = True

@@ -27,6 +27,8 @@ from pronghorn.domain.model import DEFAULT_ACCOUNT
 from pronghorn.engines.base import Engine, EnginePool
 from pronghorn.engines.live import Relay
 from pronghorn.engines.llamacpp import LlamaCppEngine
+from pronghorn.engines.openvino.engine import OpenVinoEngine
+from pronghorn.engines.openvino.engine import suits as openvino_suits
 from pronghorn.engines.upstream import UpstreamEngine, base_url
 from pronghorn.errors import UsageError
 from pronghorn.executors.local import LocalExecutor
@@ -65,7 +67,7 @@ class System:
 
 
 def build_engines(settings: Settings) -> EnginePool:
-    """Return the engines that the settings name: the upstreams if there are any, else the embedded one.
+    """Return the engines that the settings name: the upstreams if there are any, else the embedded ones.
 
     Raises UsageError for an upstream that is named twice with the same key: it would get twice its window.
     """
@@ -74,7 +76,20 @@ def build_engines(settings: Settings) -> EnginePool:
         if times > 1:
             raise UsageError(f"upstream {url} is named {times} times")
     engines: list[Engine] = [UpstreamEngine(upstream) for upstream in settings.upstream]
-    return EnginePool(engines or [LlamaCppEngine(settings.llamacpp)])
+    return EnginePool(engines or _embedded(settings))
+
+
+def _embedded(settings: Settings) -> list[Engine]:
+    """Return OpenVINO, with llama.cpp for embeddings, where that is wanted and works; else llama.cpp alone."""
+    match settings.openvino.use:
+        case "always":
+            generates = True
+        case "never":
+            generates = False
+        case "auto":
+            generates = settings.llamacpp.model is None and openvino_suits()
+    llamacpp = LlamaCppEngine(settings.llamacpp, embeds_only=generates)
+    return [OpenVinoEngine(settings.openvino), llamacpp] if generates else [llamacpp]
 
 
 @contextlib.asynccontextmanager

@@ -7,12 +7,16 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from tests.processes import Server
 
 LINES = 24
 
 
-def test_a_killed_llama_cpp_is_replaced_and_no_line_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("use", "module"), [("never", "pronghorn.engines.llamacpp_child"), ("always", "pronghorn.engines.openvino.child")]
+)
+def test_a_killed_engine_is_replaced_and_no_line_is_lost(tmp_path: Path, use: str, module: str) -> None:
     lines = b"".join(
         json.dumps(
             {
@@ -25,12 +29,15 @@ def test_a_killed_llama_cpp_is_replaced_and_no_line_is_lost(tmp_path: Path) -> N
         + b"\n"
         for number in range(LINES)
     )
-    with Server(tmp_path / "data") as server:
+    config = tmp_path / "pronghorn.toml"
+    config.write_text(f'[openvino]\nuse = "{use}"\n')
+    with Server(tmp_path / "data", "--config", str(config)) as server:
         batch_id = server.create_batch(server.upload(lines), endpoint="/v1/completions")["id"]
         server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] > 0)
-        for pid, command in server.children():
-            if "llamacpp_child" in command:
-                os.kill(pid, signal.SIGKILL)
+        killed = [pid for pid, command in server.children() if module in command]
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert killed
         batch = server.await_batch(batch_id)
         assert batch["request_counts"] == {"total": LINES, "completed": LINES, "failed": 0}
         ids = [json.loads(result)["custom_id"] for result in server.content(batch["output_file_id"]).splitlines()]

@@ -16,11 +16,11 @@ from msgspec import inspect
 
 from pronghorn.engines.scripted import ALL_KINDS, ScriptedOptions
 from pronghorn.engines.scripted.faults import VARIANTS
-from pronghorn.settings import LlamaCppSettings, Settings, UpstreamSettings
+from pronghorn.settings import LlamaCppSettings, OpenVinoSettings, Settings, UpstreamSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
-    "docs/SETTINGS.md": (Settings, UpstreamSettings, LlamaCppSettings),
+    "docs/SETTINGS.md": (Settings, UpstreamSettings, LlamaCppSettings, OpenVinoSettings),
     "docs/SCRIPTED.md": (ScriptedOptions,),
 }
 

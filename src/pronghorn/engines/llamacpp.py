@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import msgspec
 
 from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines import smollm2
 from pronghorn.engines.base import ModelInfo
+from pronghorn.engines.child import ChildServer, cores, free_port
 from pronghorn.engines.llamacpp_child import ChildOptions
 from pronghorn.errors import EngineError
 from pronghorn.settings import LlamaCppSettings
-
-log = logging.getLogger("pronghorn.llamacpp")
 
 # So that the quickstart runs as written.
 ALIAS = "your-model"
@@ -33,27 +27,29 @@ SLOTS_MAX = 64
 MEMORY_SHARE = 0.25
 BYTES_PER_CONTEXT_TOKEN = 24 * 1024
 EMBEDDING_SLOTS = 4
-LOAD_TIMEOUT_S = 300.0
-RESTART_WAIT_S_MAX = 30.0
+# OpenMP's threads spin for each other without end by default, which starves every other process.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 _GENERATES = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS, Endpoint.RESPONSES)
 _EMBEDS = (Endpoint.EMBEDDINGS,)
 
 
 class LlamaCppEngine:
-    """Runs GGUF models on this machine."""
+    """Runs GGUF models on this machine; with `embeds_only` it leaves generation to another engine."""
 
-    def __init__(self, settings: LlamaCppSettings) -> None:
+    def __init__(self, settings: LlamaCppSettings, *, embeds_only: bool = False) -> None:
         self._settings = settings
-        self._servers: list[_Server] = []
+        self._embeds_only = embeds_only
+        self._servers: list[ChildServer] = []
         self._source = settings.model or smollm2.SOURCE
 
     async def start(self, changed: Callable[[], None]) -> None:
         models = await asyncio.to_thread(_find_models, self._settings.model)
         for name, names in _names_of(models).items():
-            generators = _generators(self._settings, name, models[name])
-            self._servers += [_Server(options, names, _GENERATES) for options in generators]
-            self._servers.append(_Server(_embedder(self._settings, name, models[name]), names, _EMBEDS))
+            if not self._embeds_only:
+                generators = _generators(self._settings, name, models[name])
+                self._servers += [_server(options, names, _GENERATES) for options in generators]
+            self._servers.append(_server(_embedder(self._settings, name, models[name]), names, _EMBEDS))
         await asyncio.gather(*(server.start() for server in self._servers))
         changed()
 
@@ -78,79 +74,18 @@ class LlamaCppEngine:
         return [ModelInfo(name, "llama.cpp", self._source, True) for group in names.values() for name in group]
 
 
-class _Server:
-    """One child process, kept running on one port."""
-
-    def __init__(self, options: ChildOptions, names: tuple[str, ...], endpoints: tuple[Endpoint, ...]) -> None:
-        self.names = names
-        self.ready = False
-        self.trouble: str | None = None
-        self.replica = Replica(
-            base_url=f"http://127.0.0.1:{options.port}/v1",
-            endpoints=endpoints,
-            models=names,
-            # A line that waits at the engine takes whichever slot is free next, not the one that has its prompt; only
-            # embeddings keep no prompts.
-            window=options.slots + options.embeddings,
-            slots=options.slots,
-        )
-        self._options = options
-        self._process: asyncio.subprocess.Process | None = None
-        self._watching: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Load the model and return when it answers; from then on a child that dies is replaced."""
-        self._process = await self._spawn()
-        self._watching = asyncio.create_task(self._watch(self._process))
-
-    async def stop(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()  # it holds nothing that could be lost
-            await self._process.wait()
-
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        failures = 0
-        while True:
-            status = await process.wait()
-            self.ready, self.trouble = False, f"llama.cpp ended with status {status} and is being restarted"
-            log.error("%s: %s", self._options.name, self.trouble)
-            await asyncio.sleep(min(RESTART_WAIT_S_MAX, 0.1 * 2**failures))
-            try:
-                process = self._process = await self._spawn()
-                failures = 0
-            except EngineError as error:
-                failures += 1
-                self.trouble = str(error)
-                log.error("%s", error)
-
-    async def _spawn(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "pronghorn.engines.llamacpp_child",
-            msgspec.json.encode(self._options).decode(),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            # OpenMP's threads spin for each other without end by default, which starves every other process.
-            env=os.environ | {"GOMP_SPINCOUNT": "1000"},
-        )
-        try:
-            async with asyncio.timeout(LOAD_TIMEOUT_S):
-                line = await process.stdout.readline() if process.stdout else b""
-        except (TimeoutError, asyncio.CancelledError):
-            process.kill()
-            await process.wait()
-            raise
-        if line != b"READY\n":
-            process.kill()
-            await process.wait()
-            reason = line.decode(errors="replace").removeprefix("FAILED ").strip() or "it ended while loading"
-            raise EngineError(f"llama.cpp cannot run {self._options.model}: {reason}")
-        self.ready, self.trouble = True, None
-        return process
+def _server(options: ChildOptions, names: tuple[str, ...], endpoints: tuple[Endpoint, ...]) -> ChildServer:
+    replica = Replica(
+        base_url=f"http://127.0.0.1:{options.port}/v1",
+        endpoints=endpoints,
+        models=names,
+        # A line that waits at the engine takes whichever slot is free next, not the one that has its prompt; only
+        # embeddings keep no prompts.
+        window=options.slots + options.embeddings,
+        slots=options.slots,
+    )
+    module = "pronghorn.engines.llamacpp_child"
+    return ChildServer(module, options, replica, engine="llama.cpp", model=options.model, environment=_ENVIRONMENT)
 
 
 def _find_models(path: str | None) -> dict[str, Path]:
@@ -176,7 +111,7 @@ def _names_of(models: dict[str, Path]) -> dict[str, tuple[str, ...]]:
 
 def _generators(settings: LlamaCppSettings, name: str, model: Path) -> list[ChildOptions]:
     """Return the processes that share this machine's cores, and as many slots as its memory affords."""
-    threads = settings.threads or _cores()
+    threads = settings.threads or cores()
     processes = min(threads, PROCESSES_MAX)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE
     affordable = int(memory / (settings.context_tokens * BYTES_PER_CONTEXT_TOKEN))
@@ -185,7 +120,7 @@ def _generators(settings: LlamaCppSettings, name: str, model: Path) -> list[Chil
         ChildOptions(
             model=str(model),
             name=name,
-            port=_free_port(),
+            port=free_port(),
             slots=max(1, slots // processes),
             threads=threads // processes,
             context_tokens=settings.context_tokens,
@@ -200,21 +135,10 @@ def _embedder(settings: LlamaCppSettings, name: str, model: Path) -> ChildOption
     return ChildOptions(
         model=str(model),
         name=name,
-        port=_free_port(),
+        port=free_port(),
         slots=EMBEDDING_SLOTS,
-        threads=settings.threads or _cores(),
+        threads=settings.threads or cores(),
         context_tokens=settings.context_tokens,
         answer_tokens=settings.answer_tokens,
         embeddings=True,
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,7 +1,6 @@
 """A child process that runs llama.cpp's own HTTP server: `python -m pronghorn.engines.llamacpp_child OPTIONS`.
 
-It writes one line to stdout, `READY` or `FAILED reason`, and ends when its standard input closes.
-llama.cpp's log goes to stderr.
+What it says to its parent is in `child.py`; llama.cpp's log goes to stderr.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 
 import msgspec
+
+from pronghorn.engines.child import end_with_parent, take_stdout
 
 
 class ChildOptions(msgspec.Struct, frozen=True):
@@ -30,8 +30,7 @@ class ChildOptions(msgspec.Struct, frozen=True):
 def main() -> None:
     """Serve until told to stop."""
     options = msgspec.json.decode(sys.argv[1], type=ChildOptions)
-    status = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what C code prints on stdout belongs in the log
+    status = take_stdout()
     try:
         server = _serve(options)
     except Exception as error:
@@ -40,7 +39,7 @@ def main() -> None:
         os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are the server's, which ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     status.write("READY\n")
     while server is not None:
         signal.pause()
@@ -72,13 +71,6 @@ def _serve(options: ChildOptions) -> object:
         # An embedding's prompt has to fit one physical batch.
         params.n_batch = params.n_ubatch = options.context_tokens
     return xllamacpp.Server(params)
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 4096):
-        pass
-    # Not a clean exit: the server's destructor waits for its requests while it holds the interpreter's lock.
-    os._exit(0)
 
 
 if __name__ == "__main__":

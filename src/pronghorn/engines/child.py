@@ -1,0 +1,138 @@
+"""A server of ours in a child process: kept running on one port, and replaced when it dies.
+
+The child is a module run as `python -m MODULE OPTIONS`. It writes one line to stdout, `READY` or `FAILED reason`, and
+ends when its standard input closes. Whatever else it prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TextIO
+
+import msgspec
+
+from pronghorn.domain.model import Replica
+from pronghorn.errors import EngineError
+
+log = logging.getLogger("pronghorn.child")
+
+LOAD_TIMEOUT_S = 300.0
+RESTART_WAIT_S_MAX = 30.0
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class ChildServer:
+    """One child process and the replica that it serves; `engine` and `model` are for messages."""
+
+    def __init__(
+        self,
+        module: str,
+        options: msgspec.Struct,
+        replica: Replica,
+        *,
+        engine: str,
+        model: str,
+        environment: Mapping[str, str] = _NOTHING,
+    ) -> None:
+        self.replica = replica
+        self.names = replica.models or ()
+        self.ready = False
+        self.trouble: str | None = None
+        self._command = (sys.executable, "-m", module, msgspec.json.encode(options).decode())
+        self._engine = engine
+        self._model = model
+        self._environment = environment
+        self._process: asyncio.subprocess.Process | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the model and return when it answers; from then on a child that dies is replaced."""
+        self._process = await self._spawn()
+        self._watching = asyncio.create_task(self._watch(self._process))
+
+    async def stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()  # it holds nothing that could be lost
+            await self._process.wait()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        failures = 0
+        while True:
+            status = await process.wait()
+            self.ready, self.trouble = False, f"{self._engine} ended with status {status} and is being restarted"
+            log.error("%s: %s", self._model, self.trouble)
+            await asyncio.sleep(min(RESTART_WAIT_S_MAX, 0.1 * 2**failures))
+            try:
+                process = self._process = await self._spawn()
+                failures = 0
+            except EngineError as error:
+                failures += 1
+                self.trouble = str(error)
+                log.error("%s", error)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | self._environment,
+        )
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                line = await process.stdout.readline() if process.stdout else b""
+        except (TimeoutError, asyncio.CancelledError):
+            process.kill()
+            await process.wait()
+            raise
+        if line != b"READY\n":
+            process.kill()
+            await process.wait()
+            reason = line.decode(errors="replace").removeprefix("FAILED ").strip() or "it ended while loading"
+            raise EngineError(f"{self._engine} cannot run {self._model}: {reason}")
+        self.ready, self.trouble = True, None
+        return process
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """Return a port on loopback that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# What the child does
+
+
+def take_stdout() -> TextIO:
+    """Return stdout for the child's one line, and send whatever libraries print there to stderr."""
+    status = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return status
+
+
+def end_with_parent() -> None:
+    """End this process, from a thread, as soon as its standard input closes."""
+    threading.Thread(target=_await_parents_end, daemon=True).start()
+
+
+def _await_parents_end() -> None:
+    while os.read(0, 4096):
+        pass
+    # Not a clean exit: destructors of engines wait for their requests while they hold the interpreter's lock.
+    os._exit(0)
