@@ -38,11 +38,15 @@ class PowerDisk:
 
     def restore(self) -> None:
         """Mount what the disk holds; the file system replays its log as after any crash."""
+        self.unmount()
+        self.mount()
+
+    def unmount(self) -> None:
+        """Unmount it, once the last process that was killed has gone."""
         deadline = time.monotonic() + START_S
         while subprocess.run(["umount", self.path], capture_output=True).returncode:
             assert time.monotonic() < deadline, f"something still uses {self.path}"
             time.sleep(POLL_S)
-        self.mount()
 
     def mount(self) -> None:
         # The loop device belongs to the mount and goes with it.
@@ -70,4 +74,7 @@ def power_disk() -> Iterator[PowerDisk]:
         try:
             yield disk
         finally:
-            subprocess.run(["umount", "--lazy", path], check=True)
+            try:
+                disk.unmount()
+            finally:
+                subprocess.run(["umount", "--lazy", path], capture_output=True)
