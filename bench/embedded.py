@@ -23,8 +23,10 @@ import httpx2
 
 from bench.rows import Row, Scale, Section, markdown
 from pronghorn.domain.model import Endpoint, Replica
+from pronghorn.engines.base import Engine
 from pronghorn.engines.llamacpp import LlamaCppEngine
-from pronghorn.settings import LlamaCppSettings
+from pronghorn.engines.openvino.engine import OpenVinoEngine, suits
+from pronghorn.settings import LlamaCppSettings, OpenVinoSettings
 
 LLAMACPP, OPENVINO = "llama.cpp", "openvino"
 DEFAULT_ENGINE = OPENVINO if suits() else LLAMACPP

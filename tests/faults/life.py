@@ -87,12 +87,9 @@ class Client:
                 self._check_batch(server, batch_id, name)
 
     def killed(self) -> None:
-        """Note that a process was killed: of unfinished batches, lines that were in flight may be asked again.
-
-        So may those whose answers came in the same turn of the worker's loop, for others have taken their places.
-        """
+        """Note that a process was killed: of unfinished batches, lines that were in flight may be asked again."""
         for name in self._inputs.keys() - self._ended.values():
-            self._may_repeat[name] += 2 * WINDOW
+            self._may_repeat[name] += WINDOW
 
     def powered_off(self) -> None:
         """Note that power was lost: lines of unfinished batches that did not count as done may be asked again."""
