@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SUITE, default=list(SUITE), metavar="PART")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help=f"write BENCHMARKS.md and {PICTURE} there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, as after ^C
     machine = description()
     print(machine, end="\n\n")
     sections = run(options.scale, options.only)
