@@ -41,11 +41,16 @@ STAGES = {
     "planning.py": "read: lines of the shard",
     "blobs.py": "read: lines of the shard",
     "retry.py": "judge: what an answer means",
+    "gauging.py": "window: how many lines in flight",
+    "search.py": "window: how many lines in flight",
     "flow.py": "window: how many lines in flight",
     "lane.py": "window: how many lines in flight",
     "results.py": "record: the outcome's bytes and checksum",
     "segments.py": "record: the outcome's bytes and checksum",
     "dispatch.py": "dispatch: which line goes where",
+    "lanes.py": "dispatch: which line goes where",
+    "neighbours.py": "dispatch: which line goes where",
+    "order.py": "dispatch: which line goes where",
     "runners.py": LOOP,
 }
 WAITS = ("sync_file", "_worker")
