@@ -20,6 +20,8 @@ from tests.syscalls import Watched
 START_S = 60.0
 # Often enough to be quick, seldom enough to leave the processor to what is being awaited.
 POLL_S = 0.05
+# A real engine loads for longer; one that is back before anybody asks cannot be told from one that stayed.
+LOAD_S = 1.0
 COMMAND = [sys.executable, "-c", "from pronghorn.cli import main; main()"]
 
 
@@ -200,6 +202,7 @@ def restarted(log: Path, **settings: object) -> Iterator[tuple[ScriptedProcess, 
                 if over:
                     return
                 deaths.append(status)
+                time.sleep(LOAD_S)
                 running = ScriptedProcess(log, port=port, **settings)
 
     keeper = threading.Thread(target=keep_running, daemon=True)

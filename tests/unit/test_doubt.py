@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pronghorn.domain.doubt import Doubt, canary
+from pronghorn.domain.doubt import CANARIES_LOST_MAX, Doubt, canary
 from pronghorn.domain.model import Endpoint
 from pronghorn.domain.retry import Failure, Lost
 
@@ -22,25 +22,37 @@ def doubt(witnesses: int, *lost: Lost, sent_at: float = 99.0) -> Doubt[int]:
 
 
 def test_an_engine_that_loses_all_it_had_has_died() -> None:
-    assert doubt(3, CUT, CUT, CUT).all_lost()
+    assert doubt(3, CUT, CUT, CUT).died()
 
 
 def test_an_engine_that_still_runs_a_line_has_not() -> None:
-    assert not doubt(3, CUT, CUT).all_lost()
+    assert not doubt(3, CUT, CUT).died()
 
 
 def test_one_lost_line_proves_nothing() -> None:
-    assert not doubt(1, CUT).all_lost()
+    assert not doubt(1, CUT).died()
+
+
+def test_an_engine_that_loses_a_canary_and_answers_the_next_has_been_replaced() -> None:
+    found = doubt(1, CUT)
+    found.canaries_lost = 1
+    assert found.died()
+
+
+def test_an_engine_that_loses_every_canary_is_there_and_loses_what_it_gets() -> None:
+    found = doubt(1, CUT)
+    found.canaries_lost = CANARIES_LOST_MAX
+    assert not found.died()
 
 
 def test_lines_that_time_out_are_no_death() -> None:
-    assert not doubt(2, HUNG, HUNG).all_lost()
+    assert not doubt(2, HUNG, HUNG).died()
 
 
 def test_lines_sent_since_are_not_counted_among_what_it_had() -> None:
     found = doubt(3, CUT, CUT)
     found.add(9, CUT, 100.5)
-    assert not found.all_lost()
+    assert not found.died()
 
 
 def test_only_an_answer_to_something_sent_since_proves_it_alive() -> None:

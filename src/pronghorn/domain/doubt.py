@@ -14,6 +14,8 @@ from pronghorn.domain.retry import Lost
 # line that is alone three times when its engine dies is no coincidence, even where engines are killed at random.
 SHARED_DEATHS_MAX = 2
 ALONE_DEATHS_MAX = 3
+# One lost canary has met an engine that was just ending; so many show one that is there and loses what it gets.
+CANARIES_LOST_MAX = 3
 
 LineT = TypeVar("LineT")
 
@@ -50,10 +52,14 @@ class Doubt(Generic[LineT]):
         self.survivors += 1
         return False
 
-    def all_lost(self) -> bool:
-        """Tell whether an engine that lives has lost all it had, several lines: then it died and was replaced."""
+    def died(self) -> bool:
+        """Tell whether an engine that lives now has died since and been replaced.
+
+        Then it has lost all it had, several lines, or a canary before one that it answered.
+        """
         lost = sum(casualty.witness and not casualty.lost.hung for casualty in self.casualties)
-        return lost > 1 and lost >= self.witnesses
+        lost_all = lost > 1 and lost >= self.witnesses
+        return lost_all or 0 < self.canaries_lost < CANARIES_LOST_MAX
 
 
 def canary(endpoint: Endpoint, model: str) -> bytes:

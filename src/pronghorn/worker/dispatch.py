@@ -354,7 +354,7 @@ class Dispatcher:
             lane.breaker.answered(finding.doubt.since)
         elif finding.pause is not None:
             self._pause(lane, finding.pause, "", silent=finding.silent)
-        died = finding.doubt.all_lost() or not finding.alive
+        died = finding.doubt.died() or not finding.alive
         for casualty in reversed(finding.doubt.casualties):
             self._treat(lane, casualty, alive=finding.alive, died=died)
         self.fill()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pronghorn.clock import Clock
 from pronghorn.domain import retry
 from pronghorn.domain.answers import Answer, Fault, FaultKind
-from pronghorn.domain.doubt import Doubt, canary
+from pronghorn.domain.doubt import CANARIES_LOST_MAX, Doubt, canary
 from pronghorn.worker.lane import Lane
 from pronghorn.worker.shard_run import Line
 
@@ -24,9 +24,6 @@ CANARY_AFTER_S = 0.5
 CANARY_S_MAX = 30.0
 # An engine that has lines and answers none for so long is asked whether it hangs.
 QUIET_S_MAX = 60.0
-
-# One lost canary may have met an engine that was just ending; so many show one that is there and loses what it gets.
-CANARIES_LOST_MAX = 3
 
 HANGS = "the engine takes requests and answers none, not even one of a single token"
 
