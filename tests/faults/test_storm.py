@@ -13,7 +13,7 @@ from tests.processes import Server, restarted
 
 UNLIMITED = "always"
 # Stated, because a window that is found by trying shrinks in such weather until the bed takes hours.
-WINDOW = 256
+WINDOW = 64
 
 
 class Weather(NamedTuple):
