@@ -99,6 +99,7 @@ class Engine:
         self.clients: list[EngineClient] = []
         self.all_peers: list[Peer] = []
         self.port = 0
+        self.stop_listening: Callable[[], None] = lambda: None
 
     def accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.all_peers.append(Peer(reader, writer))
@@ -117,6 +118,7 @@ async def engine(tls: ssl.SSLContext | None = None) -> AsyncIterator[Engine]:
     served = Engine()
     server = await asyncio.start_server(served.accepted, "127.0.0.1", 0, ssl=tls)
     served.port = server.sockets[0].getsockname()[1]
+    served.stop_listening = server.close
     try:
         yield served
     finally:
@@ -753,6 +755,19 @@ async def test_the_second_death_counts() -> None:
         fresh.close()
         assert await fault_of(sent) is FaultKind.DISCONNECTED
         assert client.stale_retries == 1
+
+
+@on_both_loops
+async def test_an_engine_that_is_gone_after_it_had_the_request_has_lost_it() -> None:
+    async with engine() as served:
+        client = served.client()
+        last = await used_connection(served, client)
+        sent = send(client)
+        await last.request()
+        served.stop_listening()
+        last.close()
+        assert await fault_of(sent) is FaultKind.DISCONNECTED
+        assert await fault_of(send(client)) is FaultKind.REFUSED
 
 
 @on_both_loops

@@ -133,7 +133,7 @@ class ConnectionPool:
         except Exception as error:
             # With a connection made, connection_lost has the say.
             if request.connection is None:
-                request.settle(self._connect_fault(error))
+                request.settle(self._gone() if request.retried else self._connect_fault(error))
         finally:
             timer.cancel()
 
@@ -143,6 +143,10 @@ class ConnectionPool:
         # Not left to _connect itself, which never begins when it is cancelled soon enough.
         if task.cancelled():
             request.abort()
+
+    def _gone(self) -> Fault:
+        """Return the fault of a request that was sent before: the engine may have ended while it had it."""
+        return self.fault(FaultKind.DISCONNECTED, "closed the connection before it answered, and takes no new one")
 
     def _connect_fault(self, error: Exception) -> Fault:
         match error:
