@@ -30,8 +30,8 @@ serve: install ## Start the server on http://127.0.0.1:8080
 	@$(BIN)/pronghorn serve
 
 .PHONY: test
-test: install ## Run the tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: install ## Run the tests
+	$(BIN)/python -m pytest
 
 .PHONY: test-compat
 test-compat: install ## Run the tests of the official OpenAI client with the one of a year ago
