@@ -6,6 +6,7 @@ import http.server
 import queue
 import ssl
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ CERTIFICATE = Path(__file__).with_name("hooks.example.pem")
 
 
 class Received(NamedTuple):
-    """A request as it arrived; header names are in lower case."""
+    """A request as it arrived, and when on the monotonic clock; header names are in lower case."""
 
     path: str
     headers: dict[str, str]
     body: bytes
+    at: float
 
 
 class Answer(NamedTuple):
@@ -69,13 +71,14 @@ class Receiver:
     def _handler(receiver) -> type[http.server.BaseHTTPRequestHandler]:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                at = time.monotonic()
                 body = self.rfile.read(int(self.headers["content-length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 try:
                     answer = receiver._answers.get_nowait()
                 except queue.Empty:
                     answer = Answer()
-                receiver._received.put(Received(self.path, headers, body))
+                receiver._received.put(Received(self.path, headers, body, at))
                 self.send_response(answer.status)
                 for name, value in answer.headers:
                     self.send_header(name, value)

@@ -125,6 +125,7 @@ def test_whatever_is_killed_what_was_acknowledged_is_kept(tmp_path: Path, bed: B
             client.close()
         site.restart()
         await_nothing_unnamed(site.data_dir)
+        assert site.server.terminate() == 0  # and its workers with it, which outlive a server that is killed
     calls = sum((client.calls for client in clients), Counter[str]())
     batches = sum(len(client.runs) for client in clients)
     print(

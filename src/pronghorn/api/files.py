@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -81,11 +82,12 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
                 f"File {file_id} is the input of a batch that has not ended. Cancel the batch, or wait for its end."
             )
             raise Conflict(message, param="id", code="file_in_use")
-        # What a crash or a file of very many parts leaves here, the next sweep removes.
-        keys = await files.removals()
-        for key in keys:
-            await blobs.delete(key)
-        await files.removed(keys)
+        # It is gone, whatever becomes of its bytes: those that are left here, the next sweep removes.
+        with contextlib.suppress(StorageError, OSError):
+            keys = await files.removals()
+            for key in keys:
+                await blobs.delete(key)
+            await files.removed(keys)
         return wire.FileDeleted(id=file_id)
 
     @router.head("/v1/files/{file_id}/content", include_in_schema=False)
