@@ -29,11 +29,9 @@ demo: install ## Walk through the API with a server of its own, with curl and wi
 serve: install ## Start the server on http://127.0.0.1:8080
 	@$(BIN)/pronghorn serve
 
-# These beds may lose a race against their own clocks on a busy machine; make faults runs them.
-BUSY_BEDS := clock disk_errors soak
 .PHONY: test
-test: install ## Run the tests
-	$(BIN)/python -m pytest $(BUSY_BEDS:%=--ignore=tests/faults/test_%.py)
+test: install ## Run the tests, two files at a time: most of them wait
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: test-compat
 test-compat: install ## Run the tests of the official OpenAI client with the one of a year ago
