@@ -85,6 +85,21 @@ def test_what_is_put_back_comes_first_whoever_takes() -> None:
     assert waiting.next_is_new
 
 
+def test_what_is_put_last_comes_after_all_others_whoever_takes() -> None:
+    waiting = queue(b"a", b"b", b"c", b"d")
+    refused = [waiting.take(), waiting.take()]
+    for value in refused:
+        waiting.put_last(value)
+    assert (len(waiting), waiting.next_is_new, waiting.next_put_back) == (4, True, None)
+    assert [value.prompt for value in waiting] == [b"c", b"d", b"a", b"b"]
+    assert [waiting.take_after(b"a").prompt, waiting.take_nearest(b"a").prompt] == [b"c", b"d"]
+    assert (waiting.next_is_new, waiting.next_put_back) == (False, refused[0])
+    waiting.put_back(refused[1])
+    assert waiting.next_put_back == refused[1]
+    assert [waiting.take(), waiting.take_anywhere(), waiting.take_nearest(b"z")] == [refused[1], *refused]
+    assert len(waiting) == 0
+
+
 def test_one_replica_goes_through_everything_in_order_and_two_through_a_part_each() -> None:
     prompts = [b"%03d" % number for number in range(100)]
     waiting = queue(*random.Random(1).sample(prompts, 100))
@@ -120,7 +135,10 @@ def test_the_nearest_is_the_neighbour_that_shares_more() -> None:
     assert waiting.shares(b"beta") == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["take", "anywhere", "after", "nearest", "put back", "add"]), st.binary())))
+STEPS = st.sampled_from(["take", "anywhere", "after", "nearest", "put back", "put last", "add"])
+
+
+@given(st.lists(st.tuples(STEPS, st.binary())))
 def test_everything_that_waits_is_taken_once(steps: list[tuple[str, bytes]]) -> None:
     waiting = queue(*(b"%d" % number for number in range(600)))
     before, taken, added = set(waiting), [], 600
@@ -136,6 +154,8 @@ def test_everything_that_waits_is_taken_once(steps: list[tuple[str, bytes]]) -> 
                 taken.append(waiting.take_nearest(prompt))
             case "put back" if taken:
                 waiting.put_back(taken.pop())
+            case "put last" if taken:
+                waiting.put_last(taken.pop())
             case "add":
                 before.add(Prompt(prompt, added))
                 waiting.add([Prompt(prompt, added)])
