@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
 from pronghorn.worker import copies, results
+from pronghorn.worker.isolation import Isolation
 from pronghorn.worker.lane import Absence, Lane
 from pronghorn.worker.lanes import Lanes
 from pronghorn.worker.neighbours import next_line
@@ -116,8 +116,7 @@ class Dispatcher:
         self._runs: dict[ShardKey, ShardRun] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._waiting = 0
-        self._suspects: deque[Line] = deque()
-        self._kept_clear: Lane | None = None
+        self._isolation = Isolation(self._lanes)
         self._triage = Triage(clock, config.line_timeout_s, self._found)
         self._patience = retry.Patience(config.refused_pause_s, config.model_grace_s)
         self._dirty = asyncio.Event()
@@ -157,7 +156,7 @@ class Dispatcher:
                 wait_s = EXPIRING_S_MAX if closing is Closing.EXPIRED else CANCELLING_S_MAX
                 asyncio.get_running_loop().call_later(wait_s, self._break_off, run)
             run.closing = closing
-            for line in [line for line in run.pending if line.timer is not None or line in self._suspects]:
+            for line in [line for line in run.pending if line.timer is not None or line in self._isolation]:
                 self._requeue(line)
             self._shard_moved(run.key)
 
@@ -205,8 +204,8 @@ class Dispatcher:
         if self._writing or self._stopping or self._full is not None or self._undurable_bytes > UNDURABLE_BYTES_MAX:
             return
         now = self._clock.monotonic()
-        if self._suspects or self._kept_clear is not None:
-            self._run_suspects(now)
+        if self._isolation and (alone := self._isolation.next(now)) is not None:
+            self._send(*alone, now)
         for run in list(self._runs.values()):
             while run.ready and (lane := self._lanes.roomiest(run, now, self._waiting)) is not None:
                 self._send(next_line(lane, run, self._runs.values()), lane, now)
@@ -218,7 +217,10 @@ class Dispatcher:
             lane.quiet_since = now
         if lane.breaker.reason is not None or run.model in lane.absent:
             lane.probe = line
+        if lane.alone is not None:
+            lane.alone.alone = False  # it has company now
         line.alone = lane.in_flight == 0 and (lane.kept_clear or lane.probe is line)
+        lane.alone = line if line.alone else None
         lane.in_flight += 1
         lane.asked = run.endpoint, run.model
         line.tries += 1
@@ -240,6 +242,8 @@ class Dispatcher:
         line.call = None
         if lane.probe is line:
             lane.probe = None
+        if lane.alone is line:
+            lane.alone = None
         if not isinstance(verdict, retry.Lost):
             self._triage.heard(lane, answer, verdict, sent_at)
         match verdict:
@@ -310,8 +314,8 @@ class Dispatcher:
             line.timer.cancel()
             line.timer = None
             self._waiting -= 1
-        elif line in self._suspects:
-            self._suspects.remove(line)
+        elif line in self._isolation:
+            self._isolation.remove(line)
         line.run.put_back(line)
         self._give_up_if_closing(line.run)
 
@@ -352,6 +356,9 @@ class Dispatcher:
             lane.quiet_since = self._clock.monotonic()
             # What proves it was sent after the doubt began: a probe that hangs must not hold up what is answered.
             lane.breaker.answered(finding.doubt.since)
+            if self._isolation.is_over(lane, lane.quiet_since):
+                for line in self._isolation.end():
+                    self._requeue(line)
         elif finding.pause is not None:
             self._pause(lane, finding.pause, "", silent=finding.silent)
         died = finding.doubt.died() or not finding.alive
@@ -381,26 +388,9 @@ class Dispatcher:
         if line.alone_deaths >= ALONE_DEATHS_MAX:
             self._record(line, Fate.FAILED, Usage(), _failure(line, None, CRASHES))
         elif line.deaths >= SHARED_DEATHS_MAX and line.run.closing is None:
-            self._suspects.append(line)
+            self._isolation.add(line)
         else:
             self._requeue(line)
-
-    def _run_suspects(self, now: float) -> None:
-        """Run suspected lines one after the other, each alone on a replica that is kept clear for it."""
-        if (lane := self._kept_clear) is not None:
-            if (lane.in_flight or lane.doubt is not None) and lane in self._lanes:
-                return  # it is being cleared, a suspect runs, or what became of the last one is not known yet
-            lane.kept_clear, self._kept_clear = False, None
-        if not self._suspects:
-            return
-        line = self._suspects[0]
-        lane = self._lanes.emptiest(line.run)
-        if lane is None:
-            return
-        lane.kept_clear, self._kept_clear = True, lane
-        if lane.in_flight == 0 and (lane.breaker.reason is None or lane.admits_probe(now)):
-            self._suspects.popleft()
-            self._send(line, lane, now)
 
     # Shards
 

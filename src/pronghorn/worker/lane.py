@@ -49,6 +49,7 @@ class Lane:
         self.last_prompt: bytes | None = None
         self.freed_prompts: deque[bytes] = deque(maxlen=replica.slots)
         self.probe: Line | None = None
+        self.alone: Line | None = None
         self.kept_clear = False
         self.failures_in_a_row = 0
         self.put_off_in_a_row = 0

@@ -35,9 +35,9 @@ class Line:
     """A line on its way to its outcome.
 
     `tries` counts how often it was sent, `charged` those that use up its attempts, `deaths` the engine's ends that it
-    was part of. `failed_at` holds the base URLs of the replicas that it is to be tried again after. `or_else` is its
-    outcome if time runs out, with the answer that it would show. `prompt` is its body from where the prompt begins,
-    which decides on its place among others.
+    was part of, `isolations_ended` how often it ran alone for so long that others joined it. `failed_at` holds the base
+    URLs of the replicas that it is to be tried again after. `or_else` is its outcome if time runs out, with the answer
+    that it would show. `prompt` is its body from where the prompt begins, which decides on its place among others.
     """
 
     __slots__ = (
@@ -49,6 +49,7 @@ class Line:
         "custom_id",
         "deaths",
         "failed_at",
+        "isolations_ended",
         "number",
         "or_else",
         "prompt",
@@ -70,6 +71,7 @@ class Line:
         self.deaths = 0
         self.alone_deaths = 0
         self.alone = False
+        self.isolations_ended = 0
         self.failed_at: frozenset[str] = frozenset()
         self.call: Call | None = None
         self.timer: asyncio.TimerHandle | None = None

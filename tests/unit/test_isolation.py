@@ -1,0 +1,150 @@
+"""Lines that are suspected of killing their engine run alone, and one that takes long holds up no other."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from blockbuster import BlockBuster
+
+from pronghorn.clock import SystemClock
+from pronghorn.domain.model import BlobRef, Endpoint, Replica, Shard, ShardKey
+from pronghorn.storage.blobs import Blobs
+from pronghorn.storage.room import Room
+from pronghorn.storage.segments import Segments
+from pronghorn.worker import isolation, triage
+from pronghorn.worker.dispatch import Dispatcher
+from pronghorn.worker.protocol import Assign, Configure, Done, Moved, Report
+from tests.faults.test_kill import batch_input
+from tests.faults.test_odd_upstreams import OddEngine, Wire, running
+
+WINDOW = 4
+LINES = 24
+QUIET_S = 0.3
+# How long an engine is gone: less than the time between two canaries.
+LOAD_S = 0.2
+# Far beyond the end of the test: nothing here ends by a line's timeout.
+LINE_TIMEOUT_S = 600.0
+
+
+class Reports:
+    """What a dispatcher has said of its one shard."""
+
+    def __init__(self) -> None:
+        self.durable = 0
+        self.done: Done | None = None
+        self._news = asyncio.Event()
+
+    def take(self, report: Report) -> None:
+        match report:
+            case Moved(shards):
+                self.durable = max([self.durable, *(shard.tally.lines for shard in shards)])
+            case Done():
+                self.done = report
+        self._news.set()
+
+    async def durable_lines(self, lines: int) -> None:
+        async with asyncio.timeout(60):
+            while self.durable < lines and self.done is None:
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def dispatching(tmp_path: Path, engine: OddEngine) -> AsyncIterator[Reports]:
+    """Send a shard to the engine."""
+    reports, blobs = Reports(), Blobs(tmp_path / "blobs")
+    dispatcher = Dispatcher(
+        Configure("", "", 1 << 20, 1 << 20, LINE_TIMEOUT_S, 60.0, 60.0, prompt_order=False),
+        blobs=blobs,
+        segments=Segments(tmp_path / "segments"),
+        room=Room(tmp_path),
+        clock=SystemClock(),
+        rng=random.Random(1),
+        report=reports.take,
+    )
+    content = batch_input(LINES)
+    with blobs.writer("input") as writer:
+        writer.write(content)
+        writer.commit()
+    running = asyncio.create_task(dispatcher.run())
+    dispatcher.use_replicas([Replica(engine.base_url, window=WINDOW)])
+    shard = Shard(ShardKey("batch_1", 0), 1, LINES, 0, len(content), epoch=1)
+    blob = BlobRef("input", len(content))
+    dispatcher.assign(Assign(shard, [blob], Endpoint.CHAT_COMPLETIONS, "scripted"))
+    try:
+        yield reports
+    finally:
+        await dispatcher.stop(0)
+        running.cancel()
+        await asyncio.wait({running})
+
+
+class DyingEngine:
+    """Dies with all that it has when it has the first lines together, twice, and whenever it has had `slow` for
+    `kill_after_s`; it never answers that one. Until it is back it loses whatever it gets."""
+
+    def __init__(self, slow: int, kill_after_s: float | None = None) -> None:
+        self._slow = slow
+        self._kill_after_s = kill_after_s
+        self._has: dict[Wire, int] = {}
+        self._back_at = 0.0
+        self.deaths = 0
+
+    async def __call__(self, wire: Wire) -> None:
+        if asyncio.get_running_loop().time() < self._back_at:
+            wire.close()
+            return
+        number = int(wire.prompt.split()[-1]) if "number" in wire.prompt else -1
+        self._has[wire] = number
+        if self.deaths < 2 and 0 <= number < WINDOW:
+            if set(range(WINDOW)) <= set(self._has.values()):
+                self._die()
+            return
+        if number != self._slow:
+            await wire.answer()
+            self._has.pop(wire, None)
+        elif self._kill_after_s is not None:
+            asyncio.get_running_loop().call_later(self._kill_after_s, self._kill, wire)
+
+    def _kill(self, wire: Wire) -> None:
+        if wire in self._has:
+            self._die()
+
+    def _die(self) -> None:
+        self.deaths += 1
+        self._back_at = asyncio.get_running_loop().time() + LOAD_S
+        for wire in self._has:
+            wire.close()
+        self._has.clear()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster) -> None:
+    blockbuster.deactivate()  # a worker writes in its loop: a thread would cost more than the write
+    for module in (triage, isolation):
+        monkeypatch.setattr(module, "QUIET_S_MAX", QUIET_S)
+
+
+async def test_a_suspect_that_hangs_alone_holds_up_no_other(tmp_path: Path) -> None:
+    behave = DyingEngine(slow=1)
+    with running(behave) as (engine,):
+        async with dispatching(tmp_path, engine) as reports:
+            await reports.durable_lines(LINES - 1)
+            assert behave.deaths == 2
+            assert reports.done is None
+
+
+async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path: Path) -> None:
+    behave = DyingEngine(slow=1, kill_after_s=1.5 * QUIET_S)
+    with running(behave) as (engine,):
+        async with dispatching(tmp_path, engine) as reports:
+            await reports.durable_lines(LINES)
+            assert reports.done is not None
+            result = reports.done.result
+    assert (result.tally.completed, result.tally.failed) == (LINES - 1, 1)
+    assert [cause.code for cause in result.causes] == ["upstream_crash_suspected"]
