@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,12 +35,18 @@ def pronghorn_command(*arguments: str | Path, home: Path, **environment: str) ->
 def test_help_answers_at_once_and_names_every_command(tmp_path: Path) -> None:
     durations = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = cpu_seconds_of_children()
         shown = pronghorn_command("--help", home=tmp_path)
-        durations.append(time.perf_counter() - start)
+        durations.append(cpu_seconds_of_children() - start)
     assert shown.returncode == 0
     assert all(command in shown.stdout for command in ("serve", "run", "models", "jobs", "engine"))
-    assert min(durations) < 0.6, "0.3 s is the aim; the rest is for a busy machine"
+    assert min(durations) < 0.6, "0.3 s is the aim; the rest is for a slow processor"
+
+
+def cpu_seconds_of_children() -> float:
+    """Return what ended children have used: on a busy machine the clock says nothing."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_importing_the_package_is_cheap() -> None:

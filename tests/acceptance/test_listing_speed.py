@@ -24,9 +24,9 @@ ROWS = 10_000
 PAGE = 100
 RETRIEVALS = 500
 CREATED_AT = 1_790_000_000
-# What an idle machine should do; a test on a busy one allows for four times as much.
+# What an idle machine should do. On a busy one the median shows as much, and single calls may take ten times as long.
 PAGE_P99_S, RETRIEVAL_P99_S = 0.050, 0.020
-SLACK = 4
+SLACK_OF_MEDIAN, SLACK_OF_P99 = 2, 10
 
 
 def batch_rows() -> list[dict[str, Any]]:
@@ -110,13 +110,14 @@ def timed(server: Server, path: str, query: dict[str, Any], took: list[float]) -
     return answer.json()
 
 
-def report(what: str, took: list[float]) -> float:
-    """Print how long calls took and return the 99th percentile, in seconds."""
+def check(what: str, took: list[float], p99_s: float) -> None:
+    """Print how long calls took and compare that with what an idle machine should do."""
     ordered = sorted(took)
     median, p99 = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
     figures = f"median {median * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms, most {ordered[-1] * 1e3:.1f} ms"
     print(f"{what}: {len(took)} calls, {figures}")
-    return p99
+    assert median < p99_s * SLACK_OF_MEDIAN
+    assert p99 < p99_s * SLACK_OF_P99
 
 
 @pytest.mark.parametrize("kind", ["batches", "files"])
@@ -132,7 +133,7 @@ def test_every_one_is_listed_once_and_soon(server: Server, load: str, kind: str)
     listed = [found for found in seen if found.startswith(prefix)]
     assert len(listed) == len(set(listed)) == ROWS
     assert listed == sorted(listed, reverse=True), "newest first"
-    assert report(f"a page of {PAGE} {kind}, {load}", took) < PAGE_P99_S * SLACK
+    check(f"a page of {PAGE} {kind}, {load}", took, PAGE_P99_S)
 
 
 def test_one_batch_is_found_soon(server: Server, load: str) -> None:
@@ -140,12 +141,10 @@ def test_one_batch_is_found_soon(server: Server, load: str) -> None:
     for number in range(RETRIEVALS):
         batch_id = f"batch_{number * 7919 % ROWS:032x}"
         assert timed(server, f"/v1/batches/{batch_id}", {}, took)["id"] == batch_id
-    assert report(f"a batch, {load}", took) < RETRIEVAL_P99_S * SLACK
+    check(f"a batch, {load}", took, RETRIEVAL_P99_S)
 
 
 def test_the_largest_page_holds_everything(server: Server) -> None:
     """OpenAI's default is one page of up to 10,000 files."""
-    took: list[float] = []
-    page = timed(server, "/v1/files", {"order": "asc"}, took)
+    page = timed(server, "/v1/files", {"order": "asc"}, [])
     assert [file["id"] for file in page["data"]] == [row["id"] for row in file_rows()]
-    report("a page of 10,000 files", took)
