@@ -1,9 +1,10 @@
 """The two embedded engines beside each other: `python -m bench.engines`.
 
 Both run the same weights and take turns with the same lines (those of `bench/embedded.py`, nothing cached), through the
-same bare client, as many at once as the engine states. Then both answer 200 prompts greedily, and the table says how
-many answers are the same, and for how many tokens the others are: each engine against the other, and against itself
-with another number of lines at once, since a sum's rounding depends on what is computed beside it.
+same bare client, as many at once as the engine states. The CPU is that of the engine's processes, and moves less than
+lines/s when something else runs. Then both answer 200 prompts greedily, and the table says how many answers are the
+same, and for how many tokens the others are: each engine against the other, and against itself with another number of
+lines at once, since a sum's rounding depends on what is computed beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 from collections.abc import Sequence
 
 import aiohttp
+import psutil
 
 from bench.embedded import bare, body
 from pronghorn.domain.model import Endpoint, Replica
@@ -78,21 +80,29 @@ def agreement(ones: list[list[str]], others: list[list[str]]) -> str:
     return f"{same} of {len(ones)} | {median} | {agreed / tokens:.0%}"
 
 
+def engines_cpu_s() -> float:
+    """Return the processor time of all engine processes; only the one whose turn it is takes any."""
+    return sum(sum(process.cpu_times()[:2]) for process in psutil.Process().children(recursive=True))
+
+
 async def compare_speed(engines: dict[str, Engine], lines: int, rounds: int, seed: int) -> None:
     rates: dict[str, list[float]] = {name: [] for name in engines}
+    costs: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds):
         for name, engine in engines.items():
             rng = random.Random(seed + turn)
             await bare(replicas_of(engine), [body(rng) for _ in range(8)], 8)  # warm, after the other's turn
             bodies = [body(rng) for _ in range(lines)]
+            before = engines_cpu_s()
             rates[name].append(lines / await bare(replicas_of(engine), bodies, room_of(engine)))
-    first = statistics.median(next(iter(rates.values())))
-    print(
-        f"| engine | lines at once | lines/s ({lines} lines, {rounds} turns) | times the first |\n|---|---:|---:|---:|"
-    )
+            costs[name].append(1000 * (engines_cpu_s() - before) / lines)
+    print(f"| {lines} lines, {rounds} turns | lines at once | lines/s | times the first | CPU, ms/line | share |")
+    print("|---|---:|---:|---:|---:|---:|")
+    first_rate, first_cost = (statistics.median(next(iter(found.values()))) for found in (rates, costs))
     for name, engine in engines.items():
-        rate = statistics.median(rates[name])
-        print(f"| {name} | {room_of(engine)} | {rate:.2f} | {rate / first:.1f} |", flush=True)
+        rate, cost = statistics.median(rates[name]), statistics.median(costs[name])
+        cells = f"{rate:.2f} | {rate / first_rate:.2f} | {cost:.0f} | {cost / first_cost:.2f}"
+        print(f"| {name} | {room_of(engine)} | {cells} |", flush=True)
 
 
 async def compare_answers(engines: dict[str, Engine], count: int) -> None:

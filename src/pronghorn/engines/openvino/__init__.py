@@ -1,7 +1,6 @@
 """The embedded engine for processors that it suits: OpenVINO GenAI's continuous batching behind OpenAI's HTTP.
 
 - `engine`      which processes to run, kept running from the server's side
-- `weights`     a GGUF's weights as the processor multiplies them fastest, made once
 - `child`       the process: loads the model, then serves
 - `face`        its HTTP
 - `requests`    what a request's body asks for, or the 400 that says what is wrong with it

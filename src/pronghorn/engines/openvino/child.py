@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +14,6 @@ import uvicorn
 import uvloop
 
 from pronghorn.engines.child import end_with_parent, take_stdout
-from pronghorn.engines.openvino import grammars, weights
 from pronghorn.engines.openvino.face import Face
 from pronghorn.engines.openvino.generation import Generator
 from pronghorn.engines.openvino.grammars import Grammars
@@ -28,10 +26,9 @@ BLOCK_TOKENS = 32
 
 
 class ChildOptions(msgspec.Struct, frozen=True):
-    """What one process runs: a GGUF for its vocabulary, and the folder of weights made from it."""
+    """What one process runs."""
 
     gguf: str
-    folder: str
     names: tuple[str, ...]
     port: int
     slots: int
@@ -69,15 +66,9 @@ def _load(options: ChildOptions) -> tuple[Any, Any]:
     config.dynamic_split_fuse = True
     config.enable_prefix_caching = True
     tokenizer = openvino_genai.Tokenizer(options.gguf)
-    group = weights.activation_group(Path(options.folder))
+    # How it multiplies is left to OpenVINO, which knows the processor (docs/ENGINES.md has what else was measured).
     batching = openvino_genai.ContinuousBatchingPipeline(
-        options.folder,
-        tokenizer,
-        config,
-        "CPU",
-        INFERENCE_NUM_THREADS=options.threads,
-        INFERENCE_PRECISION_HINT="f32",
-        DYNAMIC_QUANTIZATION_GROUP_SIZE=group,
+        options.gguf, tokenizer, config, "CPU", INFERENCE_NUM_THREADS=options.threads
     )
     return batching, tokenizer
 
@@ -86,7 +77,7 @@ async def _serve(options: ChildOptions, batching: Any, tokenizer: Any, ready: Ca
     generator = Generator(
         Pipeline(batching),
         tokenizer,
-        Grammars(Path(options.folder) / grammars.FILE),
+        Grammars(options.gguf),
         choices_max=min(options.slots, options.cache_tokens // options.context_tokens),
         context_tokens=options.context_tokens,
         answer_tokens=options.answer_tokens,

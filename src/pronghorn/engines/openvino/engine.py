@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib.util
 import os
 import platform
@@ -11,20 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import platformdirs
-
 from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines import smollm2
 from pronghorn.engines.base import ModelInfo
 from pronghorn.engines.child import ChildServer, cores, free_port
-from pronghorn.engines.openvino import weights
 from pronghorn.engines.openvino.child import ChildOptions
 from pronghorn.errors import EngineError
 from pronghorn.limits import MIB
 from pronghorn.settings import OpenVinoSettings
 
-# What `weights` makes changes with it, so that nothing made by an older version is used.
-WEIGHTS_VERSION = 2
 # So that the quickstart runs as written.
 ALIAS = "your-model"
 # Measured, docs/ENGINES.md: threads of one process wait for each other by spinning, so a process a core does more, and
@@ -55,10 +49,7 @@ class OpenVinoEngine:
         if not _is_installed():
             raise EngineError("OpenVINO is not installed here: pip install 'pronghorn[openvino]'")
         gguf = await asyncio.to_thread(_find_model, self._settings.model)
-        folder = _cached_folder(gguf)
-        if not (folder / weights.FILE).is_file():
-            await _make_weights(gguf, folder)
-        self._servers = _servers(self._settings, (self._name, ALIAS), gguf, folder)
+        self._servers = _servers(self._settings, (self._name, ALIAS), gguf)
         await asyncio.gather(*(server.start() for server in self._servers))
         changed()
 
@@ -108,31 +99,7 @@ def _find_model(path: str | None) -> Path:
     return given
 
 
-def _cached_folder(gguf: Path) -> Path:
-    """Return where the weights made from a file are kept; another file, or a changed one, has another place."""
-    stat = gguf.stat()
-    identity = hashlib.sha256(
-        f"{WEIGHTS_VERSION}:{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()
-    ).hexdigest()[:16]
-    models = Path(platformdirs.user_cache_dir("pronghorn", appauthor=False)) / "models"
-    return models / f"{gguf.stem}.openvino-{identity}"
-
-
-async def _make_weights(gguf: Path, folder: Path) -> None:
-    """Run `weights` in a process of its own, so that what it takes of memory goes with it."""
-    command = [sys.executable, "-m", "pronghorn.engines.openvino.weights", str(gguf), str(folder)]
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    try:
-        _, errors = await process.communicate()
-    except asyncio.CancelledError:
-        process.kill()
-        raise
-    if process.returncode != 0:
-        lines = errors.decode(errors="replace").strip().splitlines() or ["it says nothing"]
-        raise EngineError(f"OpenVINO cannot read {gguf}: {lines[-1]}")
-
-
-def _servers(settings: OpenVinoSettings, names: tuple[str, ...], gguf: Path, folder: Path) -> list[ChildServer]:
+def _servers(settings: OpenVinoSettings, names: tuple[str, ...], gguf: Path) -> list[ChildServer]:
     """Return the processes that share this machine's cores."""
     threads = settings.threads or cores()
     processes = min(threads, PROCESSES_MAX)
@@ -143,7 +110,6 @@ def _servers(settings: OpenVinoSettings, names: tuple[str, ...], gguf: Path, fol
         _server(
             ChildOptions(
                 gguf=str(gguf),
-                folder=str(folder),
                 names=names,
                 port=free_port(),
                 slots=max(1, slots // processes),

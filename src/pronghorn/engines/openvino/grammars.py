@@ -2,7 +2,7 @@
 
 The trial is a pipeline with the same vocabulary and next to no weights, in a process of its own, since a schema can
 also take for ever or all memory: `python -m pronghorn.engines.openvino.grammars GGUF`. It reads a schema a line and
-answers `OK` or what is wrong, after a first line `READY`.
+answers `OK` or what is wrong, after a first line `READY`, some seconds after its start.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import sys
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,14 @@ TRIAL_S_MAX = 30.0
 TRIAL_BYTES_MAX = 4096 * MIB
 # Larger schemas make grammars that slow every token down.
 SCHEMA_CHARS_MAX = 64 * 1024
-FILE = "vocabulary.gguf"
 _WIDTH = 32
 
 
 class Grammars:
     """Tells which schemas the pipeline can read."""
 
-    def __init__(self, vocabulary: Path) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, gguf: str) -> None:
+        self._gguf = gguf
         self._known: OrderedDict[str, str | None] = OrderedDict()
         self._process: asyncio.subprocess.Process | None = None
         self._one_at_a_time = asyncio.Lock()
@@ -79,7 +79,7 @@ class Grammars:
             sys.executable,
             "-m",
             "pronghorn.engines.openvino.grammars",
-            str(self._vocabulary),
+            self._gguf,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -99,7 +99,7 @@ async def _ask(process: asyncio.subprocess.Process, schema: str) -> bytes:
     return await process.stdout.readline()
 
 
-def write_vocabulary(source: Path, target: Path) -> None:
+def _write_vocabulary(source: Path, target: Path) -> None:
     """Write a model of one layer and a few numbers a token, with another one's vocabulary."""
     import gguf
     import numpy
@@ -135,14 +135,10 @@ def write_vocabulary(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Try schemas until standard input closes or one fails."""
-    import openvino_genai
-
     verdicts = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_DATA, (TRIAL_BYTES_MAX, TRIAL_BYTES_MAX))
-    config = openvino_genai.SchedulerConfig()
-    config.num_kv_blocks = 4
-    trial = openvino_genai.ContinuousBatchingPipeline(sys.argv[1], config, "CPU", {"INFERENCE_NUM_THREADS": 1})
+    trial = _load(Path(sys.argv[1]))
     verdicts.write("READY\n")
     for number, line in enumerate(sys.stdin.buffer):
         try:
@@ -150,6 +146,18 @@ def main() -> None:
             verdicts.write("OK\n")
         except RuntimeError as error:
             verdicts.write(_reason(str(error)) + "\n")
+
+
+def _load(gguf: Path) -> Any:
+    """Return a pipeline with the vocabulary of a model."""
+    import openvino_genai
+
+    config = openvino_genai.SchedulerConfig()
+    config.num_kv_blocks = 4
+    with tempfile.TemporaryDirectory() as scratch:
+        vocabulary = Path(scratch) / "vocabulary.gguf"
+        _write_vocabulary(gguf, vocabulary)
+        return openvino_genai.ContinuousBatchingPipeline(vocabulary, config, "CPU", {"INFERENCE_NUM_THREADS": 1})
 
 
 def _run(trial: Any, number: int, schema: str) -> None:
