@@ -11,6 +11,9 @@ LINE_BYTES_MAX = 16 * MIB
 CUSTOM_ID_CHARS_MAX = 512
 # Every decoder that meets a line, ours and the engine's, takes this depth whatever its own stack is.
 JSON_DEPTH_MAX = 256
+# Keys and values of a line, each up to 80 bytes while the line is checked. OpenAI's largest request of embeddings,
+# 300,000 tokens given as numbers, fits.
+LINE_VALUES_MAX = 500_000
 # A batch object with this many problems is about 15 MB of JSON; beyond it the rest is counted, not listed.
 LINE_PROBLEMS_MAX = 100_000
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pronghorn.domain.model import Endpoint
 from pronghorn.domain.validation import Rules, check_line, explain
+from pronghorn.worker.shard_run import decode_line
 
 RULES = Rules(Endpoint.CHAT_COMPLETIONS, lambda model: model == "m")
 AT_A_LOSS = "This line is not acceptable."
@@ -49,6 +50,8 @@ def test_a_line_is_refused_exactly_when_something_can_be_said_against_it(raw: by
     said = [problem.message for problem in explain(raw, 1, RULES)]
     assert (said != [AT_A_LOSS]) == refused
     assert all(message.encode() for message in said)
+    if not refused:
+        decode_line(raw)  # what a worker does with it must not fail
 
 
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from pronghorn.domain import validation
 from pronghorn.domain.model import Endpoint
 from pronghorn.domain.validation import Problem, Rules, check_line, explain
-from pronghorn.limits import CUSTOM_ID_CHARS_MAX, JSON_DEPTH_MAX
+from pronghorn.limits import CUSTOM_ID_CHARS_MAX, JSON_DEPTH_MAX, LINE_VALUES_MAX
 
 CHAT = Rules(Endpoint.CHAT_COMPLETIONS, lambda model: model == "m")
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": []}}
@@ -46,7 +47,7 @@ def problems(raw: bytes, rules: Rules = CHAT) -> list[tuple[str, str | None, str
 def test_a_good_line_comes_back_with_what_planning_needs() -> None:
     checked = check_line(line(custom_id="é"), CHAT)
     assert checked is not None
-    assert (checked.custom_id, checked.body.model) == ("é", "m")
+    assert (checked.custom_id, checked.model) == ("é", "m")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,27 @@ def test_a_key_may_come_again_in_another_object_and_in_text() -> None:
 def test_many_brackets_are_not_deep() -> None:
     assert check_line(holding(b"[" + b"[],{}," * 1000 + b"1]"), CHAT) is not None
     text = json.dumps(["[{" * 1000 + '"\\' + "[" * 1000]).encode()
+    assert check_line(holding(text), CHAT) is not None
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1", b'"ab"', b'{"a": 1}', b'[{"a": []}]'])
+@pytest.mark.parametrize("wrong", [b"POST", b"PUT"])
+def test_a_line_that_is_made_to_fill_memory_is_refused_before_its_values_are_built(value: bytes, wrong: bytes) -> None:
+    raw = holding(b"[" + (value + b",") * (LINE_VALUES_MAX + 1) + b"1]").replace(b"POST", wrong)
+    tracemalloc.start()
+    try:
+        found = problems(raw)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    message = "This line holds more than the 500000 keys and values that a line may have."
+    assert found == [("invalid_json_line", None, message)]
+    assert peak < 1_000_000
+
+
+def test_a_long_line_may_hold_as_many_values_as_a_large_request_has() -> None:
+    assert check_line(holding(b"[" + b"100257," * (LINE_VALUES_MAX - 20) + b"1]"), CHAT) is not None
+    text = json.dumps([':,[{1 "' * 300_000]).encode()
     assert check_line(holding(text), CHAT) is not None
 
 

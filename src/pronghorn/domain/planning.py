@@ -31,13 +31,14 @@ from pronghorn.limits import (
 )
 
 BOM = b"\xef\xbb\xbf"
+_WHITE = b" \t\r"
 # Models that a census names; an engine that takes any name could be sent a different one on every line.
 CENSUS_MODELS_MAX = 1000
 OTHER_MODELS = "(others)"
 _BUCKETS = 256
 
 
-class RawLine(NamedTuple):
+class RawLine(msgspec.Struct, frozen=True, gc=False):
     """One physical line: its 1-based number, its offset, its length with the newline, its content.
 
     `content` is stripped of JSON's white space, so a blank line is empty; it is None when the line is too long.
@@ -123,9 +124,16 @@ class LineSplitter:
         if self._at_start:
             chunk = self._without_mark(chunk)
         *pieces, tail = chunk.split(b"\n")
+        if pieces and (self._rest or self._skipped):
+            yield self._whole(pieces.pop(0), newline=1)
+        number, offset, line_bytes_max = self._number, self._offset, self._line_bytes_max
         for piece in pieces:
-            yield self._line(piece, newline=1)
-        if self._skipped or len(self._rest) + len(tail) > self._line_bytes_max:
+            length = len(piece)
+            yield RawLine(number, offset, length + 1, piece.strip(_WHITE) if length <= line_bytes_max else None)
+            number += 1
+            offset += length + 1
+        self._number, self._offset = number, offset
+        if self._skipped or len(self._rest) + len(tail) > line_bytes_max:
             self._skipped += len(self._rest) + len(tail)
             self._rest = b""
         else:
@@ -134,13 +142,12 @@ class LineSplitter:
     def finish(self) -> Iterator[RawLine]:
         """Yield the last line if no newline ended it."""
         if self._rest or self._skipped:
-            yield self._line(b"", newline=0)
+            yield self._whole(b"", newline=0)
 
-    def _line(self, piece: bytes, newline: int) -> RawLine:
-        length = self._skipped + len(self._rest) + len(piece)
-        content = None
-        if length <= self._line_bytes_max:
-            content = (self._rest + piece if self._rest else piece).strip(b" \t\r")
+    def _whole(self, end: bytes, newline: int) -> RawLine:
+        """Return the line whose beginning came in earlier chunks."""
+        length = self._skipped + len(self._rest) + len(end)
+        content = (self._rest + end).strip(_WHITE) if length <= self._line_bytes_max else None
         line = RawLine(self._number, self._offset, length + newline, content)
         self._offset += length + newline
         self._number += 1
@@ -166,6 +173,20 @@ def split_lines(chunks: Iterable[bytes], *, line_bytes_max: int) -> Iterator[Raw
     yield from splitter.finish()
 
 
+class _Body(msgspec.Struct):
+    body: msgspec.Raw
+
+
+class _Prompts(msgspec.Struct):
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+
+
+_decode_body = msgspec.json.Decoder(_Body).decode
+_decode_prompts = msgspec.json.Decoder(_Prompts).decode
+
+
 class Census:
     """What a file has to run, counted while it is planned: models, bodies that come again, tokens of prompts."""
 
@@ -182,11 +203,13 @@ class Census:
 
     def count(self, line: CheckedLine, content: bytes) -> None:
         """Add a line that can run."""
-        name = line.body.model
+        name = line.model
         self.models[name if name in self.models or len(self.models) < CENSUS_MODELS_MAX else OTHER_MODELS] += 1
-        for prompt in (line.body.messages, line.body.prompt, line.body.input):
-            self._prompt_bytes += 0 if prompt is msgspec.UNSET else len(bytes(prompt))
-        self._bodies.add(hash(bytes(_decode_body(content).body)))
+        body = bytes(_decode_body(content).body)
+        prompts = _decode_prompts(body)
+        for prompt in (prompts.messages, prompts.prompt, prompts.input):
+            self._prompt_bytes += len(memoryview(prompt))
+        self._bodies.add(hash(body))
 
     def conclude(self) -> None:
         self.duplicate_bodies = self._bodies.surplus()
@@ -286,9 +309,9 @@ class _Reading:
         if self._bodies is not None:
             self._bodies.add(line.number, bytes(_decode_body(content).body))
         if self._model is None:
-            self._model = checked.body.model
-        elif checked.body.model != self._model:
-            self._note([validation.other_model(checked.body.model, line.number)])
+            self._model = checked.model
+        elif checked.model != self._model:
+            self._note([validation.other_model(checked.model, line.number)])
 
     def _note(self, found: list[Problem]) -> None:
         room = LINE_PROBLEMS_MAX - len(self._problems)
@@ -341,13 +364,6 @@ def _id_of(content: bytes | None) -> str | None:
         return _decode_id(content).custom_id if content else None
     except (ValueError, RecursionError):
         return None
-
-
-class _Body(msgspec.Struct):
-    body: msgspec.Raw
-
-
-_decode_body = msgspec.json.Decoder(_Body).decode
 
 
 class _Repeats:

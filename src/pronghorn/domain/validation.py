@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import jiter
 import msgspec
 
 from pronghorn.domain.model import Endpoint
-from pronghorn.limits import CUSTOM_ID_CHARS_MAX, JSON_DEPTH_MAX
+from pronghorn.limits import CUSTOM_ID_CHARS_MAX, JSON_DEPTH_MAX, LINE_VALUES_MAX
 
 _REQUIRED_INPUT = {
     Endpoint.CHAT_COMPLETIONS: "messages",
@@ -36,6 +36,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Escapes in the order they are read: a whole pair, half of one (the group), any other.
 _ESCAPE = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL)
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Each takes a byte and is parted from the next by another, so a shorter line cannot have too many that are no nesting.
+_COUNTED_BYTES_MIN = 2 * LINE_VALUES_MAX
+# Whatever is a key or a value, or opens one.
+_VALUE = re.compile(rb'[\[{]|"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^][{}",:\s]++', re.DOTALL)
 _DEPTH_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEPTH_STEPS)
 
@@ -49,60 +53,57 @@ class Problem(NamedTuple):
     line: int | None
 
 
-class Peek(msgspec.Struct):
-    """The parts of a body that decide whether its line can run."""
-
-    model: str
-    stream: bool | None = None
-    messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    prompt: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    input: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-class CheckedLine(msgspec.Struct):
-    """A line whose shape is right."""
+class CheckedLine(msgspec.Struct, gc=False):
+    """What planning needs of a line that can run."""
 
     custom_id: str
-    method: str
-    url: str
-    body: Peek
+    model: str
 
 
-class Rules(NamedTuple):
+class Rules:
     """What a batch asks of each line: its endpoint, and whether a model can be run there."""
 
-    endpoint: Endpoint
-    knows_model: Callable[[str], bool]
+    __slots__ = ("endpoint", "knows_model", "required_input")
 
-
-_decode = msgspec.json.Decoder(CheckedLine).decode
+    def __init__(self, endpoint: Endpoint, knows_model: Callable[[str], bool]) -> None:
+        self.endpoint = endpoint
+        self.knows_model = knows_model
+        self.required_input = _REQUIRED_INPUT[endpoint]
 
 
 def check_line(raw: bytes, rules: Rules) -> CheckedLine | None:
     """Return the line if nothing is wrong with it alone, else None: `explain` then says what is.
 
-    `raw` is one line without its newline. The fast path of planning: about 2 us for a 1 KB line.
+    `raw` is one line without its newline. The fast path of planning, and a single parse: about 2 us for a 1 KB line.
     """
-    try:
-        line = _decode(raw)
-    except (ValueError, RecursionError):
+    if len(raw) > _COUNTED_BYTES_MIN and has_too_many_values(raw):
         return None
-    body = line.body
+    try:
+        line = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
+    except ValueError:
+        line = _sound(raw)
+    if type(line) is not dict or type(body := line.get("body")) is not dict:
+        return None
+    custom_id, model, stream = line.get("custom_id"), body.get("model"), body.get("stream")
     if (
-        line.method != "POST"
-        or line.url != rules.endpoint
-        or body.stream
-        or getattr(body, _REQUIRED_INPUT[rules.endpoint]) is msgspec.UNSET
-        or len(line.custom_id) > CUSTOM_ID_CHARS_MAX
-        or not _is_sound(raw)
-        or not rules.knows_model(body.model)
+        type(custom_id) is not str
+        or len(custom_id) > CUSTOM_ID_CHARS_MAX
+        or line.get("method") != "POST"
+        or line.get("url") != rules.endpoint
+        or type(model) is not str
+        or rules.required_input not in body
+        or (stream is not None and stream is not False)
+        or not rules.knows_model(model)
     ):
         return None
-    return line
+    return CheckedLine(custom_id, model)
 
 
 def explain(raw: bytes, number: int, rules: Rules) -> list[Problem]:
     """Return every problem of a line that `check_line` refused, in the order of its fields."""
+    if has_too_many_values(raw):
+        message = f"This line holds more than the {LINE_VALUES_MAX} keys and values that a line may have."
+        return [Problem("invalid_json_line", message, None, number)]
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -123,7 +124,7 @@ def explain(raw: bytes, number: int, rules: Rules) -> list[Problem]:
     if _has_lone_surrogate(raw):
         message = "This line holds half of a UTF-16 surrogate pair (\\ud800-\\udfff), which is not text."
         problems.append(Problem("invalid_json_line", message, None, number))
-    return problems or [_unexplained(raw, number)]
+    return problems or [Problem("invalid_json_line", "This line is not acceptable.", None, number)]
 
 
 def duplicate(custom_id: str, number: int) -> Problem:
@@ -235,20 +236,17 @@ def _shown(text: str) -> str:
     return shown.encode(errors="replace").decode()
 
 
-def _is_sound(raw: bytes) -> bool:
-    """Tell whether a line is JSON in UTF-8 without repeated keys, half surrogate pairs or too deep nesting.
+def _sound(raw: bytes) -> Any:
+    """Return what a line says that jiter has refused, or None, which is no line either, if jiter was right.
 
-    What jiter takes is sound; about some depths and very long numbers it is stricter than we are.
+    What jiter takes is JSON in UTF-8 without repeated keys, half surrogate pairs or too deep nesting; about some depths
+    and very long numbers it is stricter than we are.
     """
     try:
-        jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
-    except ValueError:
-        try:
-            _read(raw.decode())
-        except (ValueError, RecursionError):
-            return False
-        return not _has_lone_surrogate(raw) and not is_too_deep(raw)
-    return True
+        line = _read(raw.decode())
+    except (ValueError, RecursionError):
+        return None
+    return None if _has_lone_surrogate(raw) or is_too_deep(raw) else line
 
 
 def _read(text: str) -> Any:
@@ -281,17 +279,6 @@ def _not_json(text: str, error: ValueError) -> str:
     return f"This line is not parseable as valid JSON: {error.msg} at column {error.colno}."
 
 
-def _unexplained(raw: bytes, number: int) -> Problem:
-    """Describe what only the stricter decoder refuses."""
-    try:
-        _decode(raw)
-    except ValueError as error:
-        message = f"This line is not parseable as valid JSON: {error}."
-    else:
-        message = "This line is not acceptable."
-    return Problem("invalid_json_line", message, None, number)
-
-
 def _has_lone_surrogate(raw: bytes) -> bool:
     """Tell whether a string of a JSON text escapes half of a UTF-16 pair without the other."""
     return _SURROGATE.search(raw) is not None and any(escape[1] for escape in _ESCAPE.finditer(raw))
@@ -303,3 +290,9 @@ def is_too_deep(raw: bytes) -> bool:
         return False
     brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
     return max(accumulate(_DEPTH_STEPS[bracket] for bracket in brackets), default=0) > JSON_DEPTH_MAX
+
+
+def has_too_many_values(raw: bytes) -> bool:
+    """Tell whether a JSON text has more than LINE_VALUES_MAX keys and values, without building any of them."""
+    values = _VALUE.finditer(raw)
+    return len(raw) > _COUNTED_BYTES_MIN and next(islice(values, LINE_VALUES_MAX, None), None) is not None

@@ -28,7 +28,7 @@ class _Decoded(msgspec.Struct):
     body: msgspec.Raw
 
 
-_decode_line = msgspec.json.Decoder(_Decoded).decode
+decode_line = msgspec.json.Decoder(_Decoded).decode
 
 
 class Line:
@@ -190,7 +190,7 @@ class ShardRun:
                 self.record(Outcome(raw.number, Fate.FAILED, Usage(), result))
                 continue
             try:
-                line = _decode_line(raw.content or b"")
+                line = decode_line(raw.content or b"")
             except (msgspec.DecodeError, RecursionError) as error:
                 raise Damaged(f"line {raw.number} of the input file is not the line that was validated") from error
             if copy := self._copy_at.get(raw.number):
