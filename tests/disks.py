@@ -45,12 +45,24 @@ class PowerDisk:
         """Unmount it, once the last process that was killed has gone."""
         deadline = time.monotonic() + START_S
         while subprocess.run(["umount", self.path], capture_output=True).returncode:
-            assert time.monotonic() < deadline, f"something still uses {self.path}"
+            assert time.monotonic() < deadline, f"{self.path} is still used by {_users_of(self.path)}"
             time.sleep(POLL_S)
 
     def mount(self) -> None:
         # The loop device belongs to the mount and goes with it.
         subprocess.run(["mount", "-o", "loop", self._image, self.path], check=True)
+
+
+def _users_of(path: Path) -> list[str]:
+    """Return the processes that have a file open there or stand in it, each with its state and its command."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            links = [process / "cwd", *(process / "fd").iterdir(), *(process / "map_files").iterdir()]
+            if any(str(link.readlink()).startswith(str(path)) for link in links):
+                state = (process / "status").read_text().split("State:\t")[1].split("\n")[0]
+                found.append(f"{process.name} ({state}): {(process / 'cmdline').read_text().replace(chr(0), ' ')}")
+    return found
 
 
 def in_memory() -> str | None:

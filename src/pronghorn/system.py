@@ -106,6 +106,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         metadata = Metadata(database)
         stack.push_async_callback(metadata.close)
         await metadata.add_account(DEFAULT_ACCOUNT, "default", clock.now())
+        await asyncio.to_thread(durable.make_directory, data_dir / "blobs")
         blobs, segments = Blobs(data_dir / "blobs", Room(data_dir)), Segments(data_dir / "segments")
         files, uploads = Files(database), Uploads(database)
         await uploads.drop_interrupted()

@@ -217,6 +217,13 @@ def test_an_empty_blob_is_a_blob(blobs: Blobs) -> None:
     assert read(blobs, [store(blobs, "x", b"")], 0, 0) == b""
 
 
+def test_nothing_is_made_before_something_is_stored(tmp_path: Path) -> None:
+    """A worker that starts after its server has died must not make a data directory that has been removed anew."""
+    assert Blobs(tmp_path / "gone").keys("files") == []
+    assert files_below(tmp_path) == []
+    assert not (tmp_path / "gone").exists()
+
+
 def test_what_an_earlier_run_left_unfinished_is_among_the_keys(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
     with blobs.writer("files/kept") as writer:

@@ -88,7 +88,6 @@ class Blobs:
     """The blobs below one directory; given a room, writers leave its reserve alone."""
 
     def __init__(self, directory: Path, room: Room | None = None) -> None:
-        durable.make_directory(directory)
         self._directory = directory
         self._room = room
 
