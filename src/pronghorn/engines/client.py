@@ -64,7 +64,8 @@ class EngineClient:
     `base_url` is `http(s)://host[:port][/path]` and every path given later is appended to it. `headers`
     (an Authorization, say) go with every request. `ssl_context` replaces the system's certificates.
     There is no limit on concurrent requests, each has a connection of its own: the caller's window is the limit.
-    Redirects are answers and are not followed, bodies are not decompressed, proxies are not used.
+    Redirects are answers and are not followed, proxies are not used. Bodies are not asked for compressed, and unpacked
+    where they are, streams excepted.
     Raises EngineAddressError and EngineRequestError for a base URL or header that cannot be used.
     """
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from pronghorn.domain.answers import Answer, Fault, FaultKind
+from pronghorn.engines.content_coding import TooMuchError, unpacked, without_bom
 from pronghorn.engines.request import Request
 
 if TYPE_CHECKING:
@@ -23,6 +24,12 @@ HEADERS_MAX = 256
 WIRE_BYTES_PER_BODY_BYTE_MAX = 8
 """The worst honest framing is 6 (a chunk for each byte); above it an answer is chunk extensions or trailers."""
 
+REPEAT_BYTES_MIN = 64
+"""No answer to a line is shorter; error texts and empty objects may well come twice."""
+
+REPEAT_BYTES_HELD_MAX = 64 * 1024
+"""Up to this size an answer is kept to be compared with the next one, of a larger one its hash."""
+
 
 class Connection(asyncio.Protocol):
     """One connection, at most one request on it, and the parser's callbacks."""
@@ -34,6 +41,7 @@ class Connection(asyncio.Protocol):
         "_head",
         "_headers",
         "_keep_alive",
+        "_mark",
         "_parser",
         "_paused",
         "_pool",
@@ -57,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._parser = HttpResponseParser(self)
         self._reused = False
         self._saw_eof = False
+        self._mark: bytes | int = b""
         self._reset()
 
     def _reset(self) -> None:
@@ -138,6 +147,8 @@ class Connection(asyncio.Protocol):
         request = self._request
         if request is None:
             self.drop()
+            if data.strip(b"\r\n") and not data.startswith(_GOODBYES):
+                self._pool.distrust()
             return
         self._wire_bytes += len(data)
         try:
@@ -229,15 +240,22 @@ class Connection(asyncio.Protocol):
     def _on_parser_stop(self, request: Request, error: Exception) -> None:
         if self._complete:
             self._keep_alive = False  # The answer is whole; what came behind it is nobody's.
+            self._pool.distrust()
         elif self._stop is not None:
             self.drop()
             request.settle(self._stop)
+        elif self._reused and self._status == 0 and not request.retried:
+            self._pool.distrust()  # This is the end of an answer before.
+            self._send_elsewhere(request)
         else:
             request.fail(FaultKind.PROTOCOL, f"sent something other than HTTP/1: {error}")
 
     def _finish(self, request: Request) -> None:
         """Hand over a complete answer, with the connection already free for what `done` sends next."""
         answer = self._answer()
+        if isinstance(answer, Answer) and request.sink is None and self._is_suspect(request, answer):
+            self._send_elsewhere(request)
+            return
         self._request = None
         request.connection = None
         self.resume()
@@ -250,8 +268,43 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
         request.settle(answer)
 
-    def _answer(self) -> Answer:
-        return Answer(self._status, self._head, bytes(self._body))
+    def _is_suspect(self, request: Request, answer: Answer) -> bool:
+        """Tell whether an answer may be the one before, sent twice: then the line has to be asked elsewhere.
+
+        What comes of that shows whether this engine answers like that, or sends what nobody has asked for.
+        """
+        body = answer.body
+        if len(body) < REPEAT_BYTES_MIN or not 200 <= answer.status < 300:
+            return False
+        mark: bytes | int = body if len(body) <= REPEAT_BYTES_HELD_MAX else hash(body)
+        if request.repeated is not None:
+            self._pool.judge_repeat(alike=mark == request.repeated)
+        elif mark == self._mark and self._pool.doubts_repeats and not request.retried:
+            request.repeated = mark
+            return True
+        self._mark = mark
+        return False
+
+    def _send_elsewhere(self, request: Request) -> None:
+        """Ask again on a new connection, for this one's answers are not those to its requests."""
+        self.drop()
+        self._pool.retry(request)
+
+    def _answer(self) -> Answer | Fault:
+        head, body = self._head, bytes(self._body)
+        if b"content-encoding" in head:
+            return self._unpacked_answer(head, body)
+        return Answer(self._status, head, without_bom(body))
+
+    def _unpacked_answer(self, head: dict[bytes, bytes], body: bytes) -> Answer | Fault:
+        limit = self._pool.answer_bytes_max
+        try:
+            content = unpacked(body, head[b"content-encoding"], limit)
+        except TooMuchError:
+            return self._pool.fault(FaultKind.TOO_LARGE, f"sent an answer that unpacks to more than {limit} bytes")
+        if content is not None:
+            head = {name: value for name, value in head.items() if name != b"content-encoding"}
+        return Answer(self._status, head, without_bom(body if content is None else content))
 
     def _ends_at_eof(self) -> bool:
         coding = self._head.get(b"transfer-encoding")
@@ -260,6 +313,10 @@ class Connection(asyncio.Protocol):
         if coding is not None:
             return not coding.lower().rstrip().endswith(b"chunked")
         return b"content-length" not in self._head
+
+
+# A gateway says so before it closes a connection that was idle for long, and no answer has gone astray.
+_GOODBYES = (b"HTTP/1.1 408", b"HTTP/1.0 408")
 
 
 class _ParserStop(Exception):

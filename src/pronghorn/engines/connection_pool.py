@@ -37,7 +37,9 @@ class ConnectionPool:
         self.connections: set[Connection] = set()
         self.idle: list[Connection] = []
         self.stale_retries = 0
+        self.doubts_repeats = True
         self.closed = False
+        self._keeps = True
         self._address = address
         self._idle_connections_max = idle_connections_max
         self._ssl_context = ssl_context
@@ -58,7 +60,8 @@ class ConnectionPool:
 
     def release(self, connection: Connection) -> None:
         """Take back a connection whose answer is complete."""
-        if len(self.idle) >= self._idle_connections_max or self.closed or connection.transport.is_closing():
+        full = len(self.idle) >= self._idle_connections_max
+        if full or not self._keeps or self.closed or connection.transport.is_closing():
             connection.transport.abort()
             return
         connection.since_s = self.loop.time()
@@ -77,6 +80,18 @@ class ConnectionPool:
         request.retried = True
         self.stale_retries += 1
         self.connect(request)
+
+    def distrust(self) -> None:
+        """Use each connection once from now on: what this engine sends is not always the answer to what it was sent."""
+        self._keeps = False
+        for connection in list(self.idle):
+            connection.drop()
+
+    def judge_repeat(self, *, alike: bool) -> None:
+        """Note whether an answer that came twice was sent twice, or is what this engine has to say to both."""
+        self.doubts_repeats = not alike
+        if not alike:
+            self.distrust()
 
     def joined(self, connection: Connection) -> None:
         self.connections.add(connection)
