@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
 import jsonschema
+import psutil
 import pytest
 
 from pronghorn.domain.model import Endpoint
@@ -240,6 +242,15 @@ def test_an_answer_that_nobody_waits_for_ends(wire: Wire) -> None:
         assert sum(gauges(wire)) == 1
     while gauges(wire) != (0, 0):  # at the latest when the answer is whole, and then the time limit strikes
         pass
+
+
+@only_openvino
+def test_no_thread_is_tied_to_a_core_on_which_those_of_other_processes_wait(wire: Wire) -> None:
+    [child] = [one for one in psutil.Process().children() if "pronghorn.engines.openvino.child" in one.cmdline()]
+    with wire.streaming(messages=MESSAGES, max_tokens=200, ignore_eos=True, temperature=0) as answer:
+        for _ in answer.iter_lines():  # it computes between one line and the next
+            cores = {frozenset(os.sched_getaffinity(thread.id)) for thread in child.threads()}
+            assert cores == {frozenset(os.sched_getaffinity(0))}
 
 
 def gauges(wire: Wire) -> tuple[int, int]:

@@ -65,11 +65,11 @@ def _load(options: ChildOptions) -> tuple[Any, Any]:
     config.max_num_batched_tokens = STEP_TOKENS_MAX
     config.dynamic_split_fuse = True
     config.enable_prefix_caching = True
-    tokenizer = openvino_genai.Tokenizer(options.gguf)
+    # Pinned, the first thread of every process would be on the same core.
+    properties = {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
+    tokenizer = openvino_genai.Tokenizer(options.gguf, properties)
     # How it multiplies is left to OpenVINO, which knows the processor (docs/ENGINES.md has what else was measured).
-    batching = openvino_genai.ContinuousBatchingPipeline(
-        options.gguf, tokenizer, config, "CPU", INFERENCE_NUM_THREADS=options.threads
-    )
+    batching = openvino_genai.ContinuousBatchingPipeline(options.gguf, tokenizer, config, "CPU", **properties)
     return batching, tokenizer
 
 
