@@ -235,9 +235,7 @@ def plan_file(
     """
     reading = _Reading(file_bytes, rules, line_bytes_max, census, Bodies() if deduplicate else None)
     try:
-        for line in split_lines(open_chunks(), line_bytes_max=line_bytes_max):
-            if line.content != b"":
-                reading.take(line)
+        reading.take(split_lines(open_chunks(), line_bytes_max=line_bytes_max))
         if suspects := reading.custom_ids.repeated():
             reading.blame(_duplicates(split_lines(open_chunks(), line_bytes_max=line_bytes_max), suspects))
         return reading.conclude(on_invalid)
@@ -261,17 +259,23 @@ class _Reading:
         self._problems: list[Problem] = []
         self._unlisted = 0
 
-    def take(self, line: RawLine) -> None:
-        """Check a line that is not blank."""
-        self._shards.add(line)
-        if line.content is None:
-            self._note([validation.too_long(self._line_bytes_max, line.number)])
-        elif (checked := validation.check_line(line.content, self._rules)) is None:
-            self._note(validation.explain(line.content, line.number, self._rules))
-            if (custom_id := _id_of(line.content)) is not None:
-                self.custom_ids.add(hash(custom_id))
-        else:
-            self._take_valid(line, checked, line.content)
+    def take(self, lines: Iterable[RawLine]) -> None:
+        """Check every line that is not blank."""
+        rules, add_line, add_id = self._rules, self._shards.add, self.custom_ids.add
+        looks_closer = self._census is not None or self._bodies is not None
+        for line in lines:
+            content = line.content
+            if content == b"":
+                continue
+            add_line(line)
+            if content is None or (checked := validation.check_line(content, rules)) is None:
+                self._take_bad(line)
+                continue
+            add_id(hash(checked.custom_id))
+            if checked.model != self._model:
+                self._take_model(checked.model, line.number)
+            if looks_closer:
+                self._look_closer(line.number, checked, content)
 
     def blame(self, duplicates: Iterable[Problem]) -> None:
         """Add the problems of a second pass, in their lines' places."""
@@ -302,16 +306,25 @@ class _Reading:
             return duplicates.NONE
         return self._bodies.originals({problem.line for problem in self._problems if problem.line is not None})
 
-    def _take_valid(self, line: RawLine, checked: CheckedLine, content: bytes) -> None:
-        self.custom_ids.add(hash(checked.custom_id))
+    def _take_bad(self, line: RawLine) -> None:
+        if line.content is None:
+            self._note([validation.too_long(self._line_bytes_max, line.number)])
+            return
+        self._note(validation.explain(line.content, line.number, self._rules))
+        if (custom_id := _id_of(line.content)) is not None:
+            self.custom_ids.add(hash(custom_id))
+
+    def _take_model(self, model: str, number: int) -> None:
+        if self._model is None:
+            self._model = model
+        else:
+            self._note([validation.other_model(model, number)])
+
+    def _look_closer(self, number: int, checked: CheckedLine, content: bytes) -> None:
         if self._census is not None:
             self._census.count(checked, content)
         if self._bodies is not None:
-            self._bodies.add(line.number, bytes(_decode_body(content).body))
-        if self._model is None:
-            self._model = checked.model
-        elif checked.model != self._model:
-            self._note([validation.other_model(checked.model, line.number)])
+            self._bodies.add(number, bytes(_decode_body(content).body))
 
     def _note(self, found: list[Problem]) -> None:
         room = LINE_PROBLEMS_MAX - len(self._problems)
@@ -330,25 +343,33 @@ class _ShardCutter:
         self._offset = 0
         self._lines = 0
         self._end = 0
-        self.lines = 0
+        self._end_max = -1
+        self._lines_done = 0
 
     def add(self, line: RawLine) -> None:
         end = line.offset + line.length
-        if self._lines and (self._lines == SHARD_LINES_MAX or end - self._offset > self._bytes_max):
-            self._cut()
-        if not self._lines:
-            self._first_line, self._offset = line.number, line.offset
+        if end > self._end_max or self._lines == SHARD_LINES_MAX:
+            self._start_another(line)
         self._lines += 1
         self._end = end
-        self.lines += 1
 
     def finish(self) -> list[PlannedShard]:
-        if self._lines:
-            self._cut()
+        self._cut()
         return self._done
 
+    @property
+    def lines(self) -> int:
+        return self._lines_done + self._lines
+
+    def _start_another(self, line: RawLine) -> None:
+        self._cut()
+        self._first_line, self._offset = line.number, line.offset
+        self._end_max = line.offset + self._bytes_max
+
     def _cut(self) -> None:
-        self._done.append(PlannedShard(self._first_line, self._lines, self._offset, self._end - self._offset))
+        if self._lines:
+            self._done.append(PlannedShard(self._first_line, self._lines, self._offset, self._end - self._offset))
+        self._lines_done += self._lines
         self._lines = 0
 
 
