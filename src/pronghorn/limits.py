@@ -25,9 +25,9 @@ SHARD_BYTES_MAX = 16 * MIB
 SHARD_LINES_MAX = 4096
 
 # Custom_id hashes held in memory while a file is planned, 8 bytes each; more spill to a temporary file.
-PLANNING_HASHES_IN_MEMORY_MAX = 4_000_000
+PLANNING_HASHES_IN_MEMORY_MAX = 2_000_000
 # The same for the digests of bodies, 24 bytes each, of a batch that is to run identical lines once.
-PLANNING_DIGESTS_BYTES_MAX = 32 * MIB
+PLANNING_DIGESTS_BYTES_MAX = 8 * MIB
 
 # Reads and writes of stored files: large enough that a call's overhead vanishes, small enough for flat memory.
 FILE_CHUNK_BYTES = 1 * MIB

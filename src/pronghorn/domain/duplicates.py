@@ -43,7 +43,7 @@ class Bodies:
 
     def originals(self, not_run: Collection[int] = ()) -> Originals:
         """Return whose copy each line is; lines that are `not_run` are no copies and have none."""
-        found = array("Q", bytes(_NUMBER_BYTES * (self._last_line + 1)))
+        found = array("Q" if self._last_line >> 32 else "I", [0]) * (self._last_line + 1)
         count = 0
         for bucket in self._all():
             first: dict[bytes, int] = {}

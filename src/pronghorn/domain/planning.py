@@ -238,6 +238,7 @@ def plan_file(
         reading.take(split_lines(open_chunks(), line_bytes_max=line_bytes_max))
         if suspects := reading.custom_ids.repeated():
             reading.blame(_duplicates(split_lines(open_chunks(), line_bytes_max=line_bytes_max), suspects))
+        reading.custom_ids.close()
         return reading.conclude(on_invalid)
     finally:
         reading.close()
@@ -400,6 +401,8 @@ class _Repeats:
         self._spilled: list[IO[bytes]] = []
 
     def close(self) -> None:
+        """Give back memory and disk space."""
+        self._buckets.clear()
         for file in self._spilled:
             file.close()
 
