@@ -11,6 +11,7 @@ PronghornError
 │   ├── FileDamaged         500
 │   ├── EngineFailed        502
 │   ├── EngineUnreachable   503
+│   ├── OutOfFiles          503
 │   ├── EngineTimedOut      504
 │   └── OutOfSpace          507
 ├── UsageError              a command or a setting is wrong; one line on stderr, exit status 2
@@ -105,6 +106,14 @@ class EngineUnreachable(RequestError):
     headers: Mapping[str, str] = {"retry-after": "5"}
 
 
+class OutOfFiles(RequestError):
+    """The process has as many files and connections open as the system lets it."""
+
+    status = 503
+    type = "server_error"
+    headers: Mapping[str, str] = {"retry-after": "5"}
+
+
 class EngineTimedOut(RequestError):
     """The engine took a live request and was silent for too long."""
 
@@ -178,3 +187,8 @@ def invariant(holds: bool, what: str) -> None:
 def is_full(error: OSError) -> bool:
     """Tell whether an error says that there is no room, or none left for this user."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_out_of_files(error: OSError) -> bool:
+    """Tell whether an error says that this process, or the whole system, can open no further file or connection."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)

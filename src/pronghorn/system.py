@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
     Raises UsageError when another process uses the data directory, EngineError when no engine can work.
     """
     data_dir = Path(settings.data_dir)
+    _allow_open_files()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_locked(data_dir))
         clock, ids = SystemClock(), RandomIds()
@@ -172,6 +174,14 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             await asyncio.gather(coordinating, maintaining, return_exceptions=True)
             delivering.cancel()
             await asyncio.gather(delivering, return_exceptions=True)
+
+
+def _allow_open_files() -> None:
+    """Take all open files that this process may have, for itself and its workers: the usual 1,024 are for programs
+    that use select(). Each client, and each line in flight, is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS promises more than it gives
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from pronghorn.domain.validation import type_name
-from pronghorn.errors import Damaged, FileDamaged, OutOfSpace, RequestError, StorageFull, is_full
+from pronghorn.errors import (
+    Damaged,
+    FileDamaged,
+    OutOfFiles,
+    OutOfSpace,
+    RequestError,
+    StorageFull,
+    is_full,
+    is_out_of_files,
+)
 
 log = logging.getLogger("pronghorn.api")
 
@@ -119,6 +128,9 @@ def _methods_of(request: Request) -> list[str]:
 async def _os_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OSError) and is_full(error):
         return await _full(request, error)
+    if isinstance(error, OSError) and is_out_of_files(error):
+        log.error("%s %s: %s; raise the limit of open files (ulimit -n)", request.method, request.url.path, error)
+        return envelope(OutOfFiles("The server has too many files open. Try again soon.", code="too_many_open_files"))
     return await _bug(request, error)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from pronghorn.worker.shard_run import Line, ShardRun
 # Lines that wait to be tried again: past this no new line is sent. They are what a worker's memory holds beside the
 # lines that are read ahead.
 WAITING_LINES_MAX = 8192
+# Of the files that a process may have open, those that may be connections to engines: the others are for segments,
+# parts and inputs, without which no answer is kept.
+CONNECTIONS_SHARE = 0.5
 
 
 class Lanes:
@@ -35,6 +39,7 @@ class Lanes:
         self._changed = changed
         self._lanes: list[Lane] = []
         self._live: dict[str, int] = {}
+        self._in_flight_max = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * CONNECTIONS_SHARE)
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes)
@@ -67,7 +72,7 @@ class Lanes:
         """
         new = waiting > 0 and run.ready.next_is_new
         again = run.ready.next_put_back
-        if new and waiting >= WAITING_LINES_MAX:
+        if (new and waiting >= WAITING_LINES_MAX) or sum(lane.in_flight for lane in self._lanes) > self._in_flight_max:
             return None
         best, best_room = None, 0
         for lane in self._lanes:

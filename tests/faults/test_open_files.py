@@ -1,0 +1,37 @@
+"""A process that may open few files: idle clients and lines in flight keep nobody from going on for long."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+from tests.faults.test_kill import batch_input, check_output
+from tests.processes import ScriptedProcess, Server
+
+LINES = 500
+FILES_MAX = 64
+WINDOW = 200
+
+
+def test_a_server_without_files_left_says_so_and_goes_on_when_clients_leave(tmp_path: Path) -> None:
+    config = tmp_path / "pronghorn.toml"
+    with ScriptedProcess(tmp_path / "engine.log", latency_ms=20) as engine:
+        config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n')
+        with Server(tmp_path / "data", "--config", str(config)) as server:
+            file_id = server.upload(batch_input(LINES))
+            resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (FILES_MAX, FILES_MAX))
+            os.kill(server.worker_pid(), signal.SIGKILL)  # the one that follows has no more either
+            host, port = server.base_url.removeprefix("http://").split(":")
+            with ExitStack() as clients:
+                for _ in range(4 * FILES_MAX):
+                    clients.enter_context(socket.create_connection((host, int(port))))
+                refused = server.http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", b"{}")})
+                assert refused.status_code == 503, refused.text
+                assert refused.json()["error"]["code"] == "too_many_open_files"
+                server.await_log("raise the limit of open files")
+            check_output(server, server.await_batch(server.create_batch(file_id)["id"]), LINES)
+            assert engine.ledger()["requests"] == LINES, "no worker has ended for want of files"
