@@ -165,5 +165,6 @@ def test_a_segment_that_finds_no_room_when_it_is_synced_counts_as_lost(tmp_path:
         with pytest.raises(httpx2.TransportError):
             client.work(server)
         assert server.wait() == EXIT_DISK_FAILED
+    assert data_dir.with_suffix(".log").read_text().count("the disk has failed") == 1, "one line, the worker's"
     with Server(data_dir, "--config", config) as server:
         client.check(server)

@@ -128,7 +128,7 @@ class CrewMember:
             self._link = None
             self.ready = False
             if await link.end() == durable.EXIT_DISK_FAILED:
-                durable.end_process("a worker could not write")
+                durable.end_with_worker()
             self._post(Gone(self))
         return worked
 

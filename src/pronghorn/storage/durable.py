@@ -69,3 +69,8 @@ def end_process(what: str) -> NoReturn:
         flush=True,
     )
     os._exit(EXIT_DISK_FAILED)
+
+
+def end_with_worker() -> NoReturn:
+    """End as a worker of this process has, which has said on stderr why."""
+    os._exit(EXIT_DISK_FAILED)
