@@ -16,6 +16,8 @@ import pytest
 from tests.faults.test_kill import batch_input, check_output
 from tests.processes import Server
 
+from pronghorn.engines.upstream import LIST_BYTES_MAX
+
 LINES = 300
 
 
@@ -62,6 +64,7 @@ class OddEngine:
 
     def __init__(self, behave: Behaviour) -> None:
         self.behave = behave
+        self.listing = b'{"data": [{"id": "scripted"}]}'
         self.asked: Counter[str] = Counter()
         self.base_url = ""
 
@@ -72,7 +75,7 @@ class OddEngine:
                 length = re.search(rb"content-length: (\d+)", head)
                 body = await reader.readexactly(int(length[1]) if length else 0)
                 if head.startswith(b"get /v1/models"):
-                    await Wire(writer, "").answer(200, b'{"data": [{"id": "scripted"}]}')
+                    await Wire(writer, "").answer(200, self.listing)
                     continue
                 prompt = json.loads(body)["messages"][0]["content"]
                 self.asked[prompt] += 1
@@ -176,3 +179,15 @@ def test_a_line_that_is_always_refused_holds_up_no_other(tmp_path: Path) -> None
     with running(refuses_one) as engines, serving(tmp_path, engines, refused_pause_s=0.1) as server:
         batch_id = server.create_batch(server.upload(batch_input(LINES)))["id"]
         server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] == LINES - 1)
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [b'{"data": []}', b"<html>", b'{"data": [{"id": "' + b"x" * LIST_BYTES_MAX + b'"}]}'],
+    ids=["empty", "page", "huge"],
+)
+def test_a_list_of_models_that_tells_nothing_keeps_no_batch_from_running(tmp_path: Path, listing: bytes) -> None:
+    with running(fair) as engines:
+        engines[0].listing = listing
+        with serving(tmp_path, engines) as server:
+            check_output(server, server.await_batch(server.create_batch(server.upload(batch_input(20)))["id"]), 20)

@@ -15,6 +15,7 @@ from pronghorn.domain.model import Replica
 from pronghorn.engines.base import ModelInfo
 from pronghorn.engines.client import EngineClient
 from pronghorn.errors import UsageError
+from pronghorn.limits import MIB
 from pronghorn.settings import UpstreamSettings
 
 log = logging.getLogger("pronghorn.upstream")
@@ -23,6 +24,8 @@ log = logging.getLogger("pronghorn.upstream")
 LIST_INTERVAL_S = 30.0
 LIST_RETRY_S = 2.0
 LIST_TIMEOUT_S = 5.0
+# The longest lists, of gateways to hundreds of models with all that there is to say of each, are a fifth of it.
+LIST_BYTES_MAX = 4 * MIB
 
 
 class _Listed(msgspec.Struct):
@@ -42,7 +45,8 @@ class UpstreamEngine:
         key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
         if settings.api_key_env and not key:
             raise UsageError(f"upstream {settings.url}: environment variable {settings.api_key_env} is not set")
-        self._client = EngineClient(self._base_url, headers={"Authorization": f"Bearer {key}"} if key else {})
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = EngineClient(self._base_url, headers=headers, answer_bytes_max=LIST_BYTES_MAX)
         self._models = settings.models
         self._trouble: str | None = None
         self._asking: asyncio.Task[None] | None = None
@@ -85,7 +89,10 @@ class UpstreamEngine:
             await self._ask(changed)
 
     async def _ask(self, changed: Callable[[], None]) -> None:
-        """Learn the server's models; a server without such a list takes any name."""
+        """Learn the server's models; a server without such a list takes any name.
+
+        So does one whose list is empty: what serves its models is not there yet, and lines wait for it.
+        """
         before = self._models, self._trouble
         answer = await self._client.request("GET", "/models", timeout_s=LIST_TIMEOUT_S)
         if not isinstance(answer, Answer):
@@ -120,4 +127,4 @@ def _names(answer: Answer) -> tuple[str, ...] | None:
         listing = msgspec.json.decode(answer.body, type=_Listing) if answer.status == 200 else None
     except (ValueError, RecursionError):
         return None
-    return tuple(model.id for model in listing.data) if listing else None
+    return tuple(model.id for model in listing.data) or None if listing else None
