@@ -38,7 +38,9 @@ async def work(channel: socket.socket) -> None:
     """Take orders from the channel until it closes or orders to stop."""
     reader, writer = await asyncio.open_connection(sock=channel)
     orders = framing.messages(reader, Order)
-    config = await anext(orders)
+    config = await anext(orders, None)
+    if config is None:
+        return  # the coordinator died before it gave an order
     if not isinstance(config, Configure):
         raise TypeError("the first order is Configure")
     dispatcher = Dispatcher(

@@ -20,8 +20,9 @@ _encode = msgspec.msgpack.Encoder().encode
 
 def send(writer: asyncio.StreamWriter, message: msgspec.Struct) -> None:
     """Queue a message; the other side's death shows on the reading end, not here."""
-    data = _encode(message)
-    writer.write(_LENGTH.pack(len(data)) + data)
+    if not writer.transport.is_closing():  # uvloop's raises where asyncio's drops what is written
+        data = _encode(message)
+        writer.write(_LENGTH.pack(len(data)) + data)
 
 
 async def messages(reader: asyncio.StreamReader, kind: Any) -> AsyncIterator[Any]:
