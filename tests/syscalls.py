@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,14 +125,14 @@ class Watched:
 
     def _answer(self, listener: int) -> None:
         notice = bytearray(_NOTICE.size)
-        try:
+        with suppress(FileNotFoundError):  # whoever asked has been killed
             fcntl.ioctl(listener, _RECEIVE, notice)
             notice_id, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
-            answer = self._judge(thread, _NAME_OF[number], arguments)
+            answer = None
+            with suppress(FileNotFoundError, ProcessLookupError):
+                answer = self._judge(thread, _NAME_OF[number], arguments)
             failure, flags = (-answer, 0) if answer else (0, _GO_ON)
             fcntl.ioctl(listener, _SEND, _REPLY.pack(notice_id, 0, failure, flags))
-        except (FileNotFoundError, ProcessLookupError):
-            return  # whoever asked has been killed
 
     def _judge(self, thread: int, name: str, arguments: Sequence[int]) -> int | None:
         pid = self._process_of(thread)

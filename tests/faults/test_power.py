@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class PowerCut:
             client.killed() if self._kill else client.powered_off()
         if not self._kill:
             self._disk.cut()
-        os.kill(self._server, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # its worker outlives it by a moment
+            os.kill(self._server, signal.SIGKILL)
         return Kill()
 
 
