@@ -279,7 +279,7 @@ class Connection(asyncio.Protocol):
         mark: bytes | int = body if len(body) <= REPEAT_BYTES_HELD_MAX else hash(body)
         if request.repeated is not None:
             self._pool.judge_repeat(alike=mark == request.repeated)
-        elif mark == self._mark and self._pool.doubts_repeats and not request.retried:
+        elif self._pool.doubts_repeats and mark == self._mark and not request.retried:
             request.repeated = mark
             return True
         self._mark = mark
