@@ -1,8 +1,8 @@
 """What the order of prompts is worth on llama.cpp: `python -m bench.prefix`, about three minutes.
 
 A file whose lines take turns between 8 system prompts of about 400 tokens is run twice, by two servers that differ in
-nothing but `prompt_order`, each with a llama.cpp of its own whose caches are empty. Every line has a question of its own
-and exactly 16 new tokens. OpenVINO is left out: all its lines share one cache, which holds these prompts in any order.
+nothing but `prompt_order`, each with a llama.cpp of its own whose caches are empty. Every line has a question of its
+own and exactly 16 new tokens. OpenVINO is left out: its lines share one cache, which holds these prompts in any order.
 """
 
 from __future__ import annotations
