@@ -67,7 +67,7 @@ def _load(options: ChildOptions) -> tuple[Any, Any]:
     config.enable_prefix_caching = True
     # Pinned, the first thread of every process would be on the same core.
     properties = {"INFERENCE_NUM_THREADS": options.threads, "ENABLE_CPU_PINNING": False}
-    tokenizer = openvino_genai.Tokenizer(options.gguf, properties)
+    tokenizer = openvino_genai.Tokenizer(options.gguf, **properties)
     # How it multiplies is left to OpenVINO, which knows the processor (docs/ENGINES.md has what else was measured).
     batching = openvino_genai.ContinuousBatchingPipeline(options.gguf, tokenizer, config, "CPU", **properties)
     return batching, tokenizer
