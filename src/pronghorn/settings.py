@@ -53,7 +53,9 @@ class OpenVinoSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         Literal["auto", "always", "never"],
         Meta(description="whether it generates; auto: where it is installed and faster, unless llamacpp has a model"),
     ] = "auto"
-    model: Annotated[str | None, Meta(description="a GGUF file; the built-in small model when left out")] = None
+    model: Annotated[
+        str | None, Meta(description="a GGUF file, or a directory of them; the built-in small model when left out")
+    ] = None
     slots: Annotated[Positive | None, Meta(description="lines run at once; from cores and memory when left out")] = None
     threads: Annotated[Positive | None, Meta(description="threads of the engine; one a core when left out")] = None
     context_tokens: Annotated[int, Meta(ge=256, description="prompt and answer of one line, in tokens")] = 2048

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from sqlalchemy import URL
 
 from pronghorn.checking import InputChecker
@@ -26,6 +27,7 @@ from pronghorn.control.webhooks import Courier
 from pronghorn.domain.addresses import AllowedHosts
 from pronghorn.domain.model import DEFAULT_ACCOUNT
 from pronghorn.engines.base import Engine, EnginePool
+from pronghorn.engines.embedded import PreferredEngine
 from pronghorn.engines.live import Relay
 from pronghorn.engines.llamacpp import LlamaCppEngine
 from pronghorn.engines.openvino.engine import OpenVinoEngine
@@ -81,16 +83,16 @@ def build_engines(settings: Settings) -> EnginePool:
 
 
 def _embedded(settings: Settings) -> list[Engine]:
-    """Return OpenVINO, with llama.cpp for embeddings, where that is wanted and works; else llama.cpp alone."""
+    """Return OpenVINO, with llama.cpp for embeddings, where that is wanted or suits; else llama.cpp alone."""
+    openvino, embedder = OpenVinoEngine(settings.openvino), LlamaCppEngine(settings.llamacpp, generates=False)
     match settings.openvino.use:
         case "always":
-            generates = True
-        case "never":
-            generates = False
-        case "auto":
-            generates = settings.llamacpp.model is None and openvino_suits()
-    llamacpp = LlamaCppEngine(settings.llamacpp, embeds_only=generates)
-    return [OpenVinoEngine(settings.openvino), llamacpp] if generates else [llamacpp]
+            return [openvino, embedder]
+        case "auto" if settings.llamacpp.model is None and openvino_suits():
+            same_model = msgspec.structs.replace(settings.llamacpp, model=settings.openvino.model)
+            return [PreferredEngine(openvino, LlamaCppEngine(same_model, embeds=False)), embedder]
+        case _:
+            return [LlamaCppEngine(settings.llamacpp)]
 
 
 @contextlib.asynccontextmanager

@@ -90,7 +90,11 @@ class ChildServer:
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 line = await process.stdout.readline() if process.stdout else b""
-        except (TimeoutError, asyncio.CancelledError):
+        except TimeoutError as error:
+            process.kill()
+            await process.wait()
+            raise EngineError(f"{self._engine} has not loaded {self._model} in {LOAD_TIMEOUT_S:.0f} s") from error
+        except asyncio.CancelledError:
             process.kill()
             await process.wait()
             raise

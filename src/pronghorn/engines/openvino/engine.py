@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import os
 import platform
@@ -11,16 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pronghorn.domain.model import Endpoint, Replica
-from pronghorn.engines import smollm2
-from pronghorn.engines.base import ModelInfo
 from pronghorn.engines.child import ChildServer, cores, free_port
+from pronghorn.engines.embedded import EmbeddedEngine
 from pronghorn.engines.openvino.child import ChildOptions
 from pronghorn.errors import EngineError
 from pronghorn.limits import MIB
 from pronghorn.settings import OpenVinoSettings
 
-# So that the quickstart runs as written.
-ALIAS = "your-model"
 # Measured, docs/ENGINES.md: threads of one process wait for each other by spinning, so a process a core does more, and
 # much more while something else wants a core. Beyond a few, the memory that each needs outweighs that.
 PROCESSES_MAX = 4
@@ -36,40 +32,16 @@ WINDOW_PER_SLOT = 1.25
 _GENERATES = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS, Endpoint.RESPONSES)
 
 
-class OpenVinoEngine:
-    """Runs a GGUF model on this machine's processor."""
+class OpenVinoEngine(EmbeddedEngine):
+    """OpenVINO GenAI, which generates only."""
 
     def __init__(self, settings: OpenVinoSettings) -> None:
-        self._settings = settings
-        self._name = Path(settings.model).stem.lower() if settings.model else smollm2.NAME
-        self._source = settings.model or smollm2.SOURCE
-        self._servers: list[ChildServer] = []
+        super().__init__("openvino", settings.model, lambda model, names: _servers(settings, names, model))
 
     async def start(self, changed: Callable[[], None]) -> None:
         if not _is_installed():
             raise EngineError("OpenVINO is not installed here: pip install 'pronghorn[openvino]'")
-        gguf = await asyncio.to_thread(_find_model, self._settings.model)
-        self._servers = _servers(self._settings, (self._name, ALIAS), gguf)
-        await asyncio.gather(*(server.start() for server in self._servers))
-        changed()
-
-    async def stop(self) -> None:
-        await asyncio.gather(*(server.stop() for server in self._servers))
-
-    def replicas(self) -> list[Replica]:
-        return [server.replica for server in self._servers]
-
-    def models(self) -> list[ModelInfo]:
-        """Return the model under each of its names; it is ready when every process is."""
-        troubles = [server.trouble or "loading" for server in self._servers if not server.ready]
-        why = next(iter(troubles), None) if self._servers else "loading"
-        return [ModelInfo(name, "openvino", self._source, not why, why) for name in (self._name, ALIAS)]
-
-    async def survey(self) -> list[ModelInfo]:
-        if self._settings.model is None and not smollm2.cached_path().is_file():
-            return [ModelInfo(smollm2.NAME, "openvino", self._source, False, "fetched at the first start")]
-        await asyncio.to_thread(_find_model, self._settings.model)
-        return [ModelInfo(name, "openvino", self._source, True) for name in (self._name, ALIAS)]
+        await super().start(changed)
 
 
 def suits() -> bool:
@@ -88,15 +60,6 @@ def _processor_flags() -> set[str]:
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
     return set()
-
-
-def _find_model(path: str | None) -> Path:
-    if path is None:
-        return smollm2.fetch()
-    given = Path(path).expanduser()
-    if not given.is_file():
-        raise EngineError(f"there is no model at {given}")
-    return given
 
 
 def _servers(settings: OpenVinoSettings, names: tuple[str, ...], gguf: Path) -> list[ChildServer]:
