@@ -143,7 +143,7 @@ class Dispatcher:
         self.fill()
 
     def assign(self, order: Assign) -> None:
-        """Start a shard; its end is reported as Done or Broken."""
+        """Start a shard; its end is reported as Done, Aside or Broken."""
         moved = partial(self._shard_moved, order.shard.key)
         run = ShardRun(order, self._segments, moved, prompt_order=self._config.prompt_order)
         self._runs[run.key] = run
@@ -301,7 +301,7 @@ class Dispatcher:
         wait_s = self._rng.uniform(again.wait_s_min, again.wait_s_max)
         line.timer = asyncio.get_running_loop().call_later(wait_s, self._wait_is_over, line)
         self._waiting += 1
-        if line.run.closing is not None:
+        if line.run.sends_no_more:
             self._requeue(line)
 
     def _wait_is_over(self, line: Line) -> None:
@@ -387,7 +387,7 @@ class Dispatcher:
         """Deal with a line that was with an engine when it died; where it happens again, the line runs alone."""
         if line.alone_deaths >= ALONE_DEATHS_MAX:
             self._record(line, Fate.FAILED, Usage(), _failure(line, None, CRASHES))
-        elif line.deaths >= SHARED_DEATHS_MAX and line.run.closing is None:
+        elif line.deaths >= SHARED_DEATHS_MAX and not line.run.sends_no_more:
             self._isolation.add(line)
         else:
             self._requeue(line)
@@ -403,7 +403,7 @@ class Dispatcher:
             if run.closing is not None and run.segment is not None:
                 self._give_up_unread(run)
             else:
-                self._drop(run, str(error))
+                self._give_up_broken(run, str(error))
 
     def _shard_moved(self, key: ShardKey) -> None:
         """Look at a shard that has new lines, or whose batch is closing."""
@@ -434,8 +434,19 @@ class Dispatcher:
         run.all_read = True
         self._shard_moved(run.key)
 
+    def _give_up_broken(self, run: ShardRun, reason: str) -> None:
+        """Send nothing more of a shard; what is in flight is paid for, and is recorded before the shard is dropped."""
+        if run.segment is None:
+            self._drop(run, reason)
+            return
+        for line in [line for line in run.pending if line.timer is not None or line in self._isolation]:
+            self._requeue(line)
+        run.give_up(reason)
+        self._dirty.set()
+        self.fill()
+
     def _note_sent(self, run: ShardRun) -> None:
-        if run.all_read and not run.ready and not run.sent:
+        if (run.all_read or run.broken is not None) and not run.ready and not run.sent:
             run.sent = True
             self._report(Sent(run.key, run.shard.epoch))
 
@@ -445,6 +456,10 @@ class Dispatcher:
         self._report(Broken(run.key, run.shard.epoch, reason))
 
     async def _finish(self, run: ShardRun, segment: SegmentWriter) -> None:
+        if run.broken is not None:
+            self._report_progress()
+            self._drop(run, run.broken)
+            return
         if run.copies:
             await self._fill_in(run, segment)
             return
@@ -489,7 +504,7 @@ class Dispatcher:
                     run.segment.write()
                 except OSError:
                     self._full = DISK_FULL
-        if self._undurable_bytes > SYNC_BYTES or any(run.ended for run in self._runs.values()):
+        if self._undurable_bytes > SYNC_BYTES or any(run.over for run in self._runs.values()):
             self._dirty.set()
 
     async def _commit(self) -> None:
@@ -502,19 +517,19 @@ class Dispatcher:
             self._dirty.clear()
             if self._full is None:
                 self._undurable_bytes = 0
-            groups = [(run, run.segment, run.counter.tally(), run.ended) for run in self._runs.values()]
-            for run, segment, tally, ended in groups:
+            groups = [(run, run.segment, run.counter.tally(), run.over) for run in self._runs.values()]
+            for run, segment, tally, over in groups:
                 if (
                     self._runs.get(run.key) is not run
                     or segment is None
                     or not segment.all_written
-                    or (tally == run.durable and not ended)
+                    or (tally == run.durable and not over)
                 ):
                     continue
                 try:
                     await asyncio.to_thread(segment.sync)
                     run.durable, run.moved = tally, True
-                    if ended:
+                    if over:
                         await self._finish(run, segment)
                 except (Damaged, NotStored) as error:
                     self._drop(run, str(error))

@@ -65,7 +65,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 
 class Sent(msgspec.Struct, tag=True, frozen=True):
-    """Every line of the shard has been sent at least once: there is room for another shard."""
+    """No line of the shard is left that was never sent, or none can be read: there is room for another shard."""
 
     key: ShardKey
     epoch: int

@@ -89,7 +89,8 @@ class Line:
 class ShardRun:
     """One attempt at a shard: lines are `ready` to be sent, `pending` until their outcome, recorded at `places`.
 
-    `copies` are the lines that get another's outcome, by number, with their custom_ids.
+    `copies` are the lines that get another's outcome, by number, with their custom_ids. `broken` is why the rest cannot
+    be read: then nothing more is sent, and the attempt ends once no line is pending.
     """
 
     def __init__(self, order: Assign, segments: Segments, on_change: Callable[[], None], *, prompt_order: bool) -> None:
@@ -106,6 +107,7 @@ class ShardRun:
         self.places: dict[int, Place] = {}
         self.counter = Counter()
         self.all_read = False
+        self.broken: str | None = None
         self.durable = Tally()
         self.moved = True
         self.sent = False
@@ -126,6 +128,15 @@ class ShardRun:
     def ended(self) -> bool:
         """Tell whether every line has its outcome but for `copies`, which get theirs without being sent."""
         return len(self.places) + len(self.copies) == self.shard.lines
+
+    @property
+    def over(self) -> bool:
+        """Tell whether this attempt has nothing more to record but `copies`."""
+        return not self.pending if self.broken is not None else self.ended
+
+    @property
+    def sends_no_more(self) -> bool:
+        return self.closing is not None or self.broken is not None
 
     async def open(self) -> None:
         """Recover what earlier attempts recorded and start a segment of this epoch."""
@@ -167,9 +178,15 @@ class ShardRun:
             self._room.set()
         return line
 
+    def give_up(self, reason: str) -> None:
+        """Let go of the lines that are ready: another attempt reads them again."""
+        self.broken, self.ready = reason, PromptQueue()
+
     def put_back(self, line: Line, *, last: bool = False) -> None:
         """Make a pending line the next ready one, or the last of those that have been read."""
         self.pending.discard(line)
+        if self.broken is not None:
+            return
         if last:
             self.ready.put_last(line)
         else:
