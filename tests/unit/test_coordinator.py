@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,33 @@ from pronghorn.control import coordinator as module
 from pronghorn.control.coordinator import Coordinator
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
-from pronghorn.engines.base import EnginePool
+from pronghorn.domain.model import (
+    DEFAULT_ACCOUNT,
+    Batch,
+    BatchStamps,
+    BatchStatus,
+    BlobRef,
+    Endpoint,
+    File,
+    Job,
+    ShardKey,
+    ShardResult,
+    Tally,
+)
+from pronghorn.domain.planning import Plan, PlannedShard
+from pronghorn.engines.base import Engine, EnginePool
+from pronghorn.engines.upstream import UpstreamEngine
 from pronghorn.errors import InvariantError, StorageFull
+from pronghorn.executors.base import Executor
 from pronghorn.executors.local import LocalExecutor
 from pronghorn.ids import RandomIds
+from pronghorn.settings import UpstreamSettings
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata, OpenState
 from pronghorn.storage.segments import Segments
-from pronghorn.worker.protocol import Configure
+from pronghorn.worker.protocol import Assign, Broken, Configure, Done, Order, Ready, Report, Stop
 
 
 class Refusing(Metadata):
@@ -50,8 +67,88 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
     await database.close()
 
 
-async def coordinator(metadata: Metadata, database: Database, directory: Path) -> Coordinator:
-    clock, engines, files = SystemClock(), EnginePool([]), Files(database)
+class Committing(Metadata):
+    """Metadata that says when a shard has been committed."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.committed = 0
+        self.news = asyncio.Event()
+
+    async def commit_shard(self, key: ShardKey, epoch: int, result: ShardResult) -> None:
+        await super().commit_shard(key, epoch, result)
+        self.committed += 1
+        self.news.set()
+
+
+class Reading:
+    """An executor of one worker that cannot read the first shard and does the others."""
+
+    def __init__(self) -> None:
+        self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
+        self._reports.put_nowait(Ready())
+        self.refused = 0
+        self.news = asyncio.Event()
+
+    async def start(self) -> Reading:
+        return self
+
+    def send(self, order: Order) -> None:
+        match order:
+            case Assign(shard) if shard.key.position == 0:
+                self._reports.put_nowait(Broken(shard.key, shard.epoch, "is damaged"))
+                self.refused += 1
+            case Assign(shard):
+                result = ShardResult(None, None, Tally(completed=shard.lines), [])
+                self._reports.put_nowait(Done(shard.key, shard.epoch, result))
+            case Stop():
+                self.hang_up()
+        self.news.set()
+
+    async def reports(self) -> AsyncIterator[Report]:
+        while (report := await self._reports.get()) is not None:
+            yield report
+
+    def hang_up(self) -> None:
+        self._reports.put_nowait(None)
+
+    kill = hang_up
+
+    async def end(self) -> int | None:
+        return 0
+
+
+async def add_batch(metadata: Metadata, files: Files, shards: int) -> None:
+    """Plan a batch of shards with one line each."""
+    await metadata.add_account(DEFAULT_ACCOUNT, "default", 0)
+    await metadata.add_job(Job("job-1", DEFAULT_ACCOUNT, "job", 1, 0))
+    await files.add(File("file-input", DEFAULT_ACCOUNT, "batch", "f.jsonl", shards, 0), [BlobRef("input", shards)])
+    batch = Batch(
+        id="batch_1",
+        order=0,
+        account_id=DEFAULT_ACCOUNT,
+        job_id="job-1",
+        endpoint=Endpoint.CHAT_COMPLETIONS,
+        input_file_id="file-input",
+        completion_window="unlimited",
+        status=BatchStatus.VALIDATING,
+        stamps=BatchStamps(0),
+        expires_at=None,
+        metadata=None,
+    )
+    batch = await metadata.add_batch(batch)
+    plan = Plan([PlannedShard(number + 1, 1, number, 1) for number in range(shards)], shards, "scripted")
+    await metadata.start_batch(batch, plan, 1)
+
+
+async def coordinator(
+    metadata: Metadata,
+    database: Database,
+    directory: Path,
+    executor: Executor | None = None,
+    engines: Sequence[Engine] = (),
+) -> Coordinator:
+    clock, pool, files = SystemClock(), EnginePool(engines), Files(database)
     blobs = await asyncio.to_thread(Blobs, directory / "blobs")
     segments = Segments(directory / "segments")
     bounds: dict[str, Any] = {"line_bytes_max": 1024, "answer_bytes_max": 1024, "line_timeout_s": 1.0}
@@ -60,9 +157,9 @@ async def coordinator(metadata: Metadata, database: Database, directory: Path) -
         metadata=metadata,
         files=files,
         segments=segments,
-        engines=engines,
-        executor=LocalExecutor(),
-        planner=Planner(metadata, InputChecker(files, blobs, engines, line_bytes_max=1024), clock),
+        engines=pool,
+        executor=executor or LocalExecutor(),
+        planner=Planner(metadata, InputChecker(files, blobs, pool, line_bytes_max=1024), clock),
         finalizer=Finalizer(metadata, files, blobs, segments, clock, RandomIds()),
         clock=clock,
         configure=Configure(str(directory / "blobs"), str(directory / "segments"), **bounds),
@@ -88,3 +185,39 @@ async def test_it_ends_with_a_bug_and_takes_its_workers_with_it(database: Databa
     coordinating = await coordinator(metadata, database, tmp_path)
     with pytest.raises(InvariantError):
         await coordinating.run()
+
+
+async def test_a_shard_that_cannot_be_read_holds_up_no_other_of_its_batch(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BROKEN_WAIT_S", 3600.0)
+    metadata, executor = Committing(database), Reading()
+    await add_batch(metadata, Files(database), shards=4)
+    engine = UpstreamEngine(UpstreamSettings("http://127.0.0.1:9/v1", models=("scripted",)))
+    coordinating = await coordinator(metadata, database, tmp_path, executor, [engine])
+    running = asyncio.create_task(coordinating.run())
+    async with asyncio.timeout(60):
+        while metadata.committed < 3:
+            await metadata.news.wait()
+            metadata.news.clear()
+    coordinating.stop(0)
+    await running
+    await engine.stop()
+
+
+async def test_a_shard_that_cannot_be_read_is_tried_again(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BROKEN_WAIT_S", 0.0)
+    metadata, executor = Metadata(database), Reading()
+    await add_batch(metadata, Files(database), shards=1)
+    engine = UpstreamEngine(UpstreamSettings("http://127.0.0.1:9/v1", models=("scripted",)))
+    coordinating = await coordinator(metadata, database, tmp_path, executor, [engine])
+    running = asyncio.create_task(coordinating.run())
+    async with asyncio.timeout(60):
+        while executor.refused < 3:
+            await executor.news.wait()
+            executor.news.clear()
+    coordinating.stop(0)
+    await running
+    await engine.stop()

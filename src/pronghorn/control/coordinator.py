@@ -53,7 +53,7 @@ SHOW_INTERVAL_S = 0.5
 SHOW_PAUSE_SHARE = 10
 STALLED_S = 10.0
 NO_ENGINE: Route = ()
-# A shard that the disk refused is not handed out again at once.
+# A shard that the disk refused is not handed out again at once, and others go before it meanwhile.
 BROKEN_WAIT_S = 5.0
 
 
@@ -63,6 +63,14 @@ class _Aside:
 
     epoch: int
     missing: set[int]
+
+
+@dataclass(slots=True)
+class _HeldBack:
+    """A shard that could not be read, until when no worker gets it again."""
+
+    epoch: int
+    until: float
 
 
 @dataclass(slots=True)
@@ -78,7 +86,7 @@ class _Open:
     live: dict[ShardKey, Tally] = field(default_factory=dict)
     waiting: bool = True
     aside: dict[ShardKey, _Aside] = field(default_factory=dict)
-    held_until: float = 0.0
+    held_back: dict[ShardKey, _HeldBack] = field(default_factory=dict)
     broken: str | None = None
     shown: tuple[Tally, Progress | None] = (Tally(), None)
     shown_at: float = float("-inf")
@@ -224,10 +232,12 @@ class Coordinator:
                     batch.aside[key] = _Aside(epoch, set(missing) - done.keys())
             case Broken(key, epoch, reason):
                 log.error("shard %d of %s: %s", key.position, key.batch_id, reason)
-                await self._take_back(member, key, epoch)
+                member.held.pop(key, None)
                 if batch := self._open.get(key.batch_id):
                     batch.broken = reason
-                    batch.held_until = self._clock.monotonic() + BROKEN_WAIT_S
+                    batch.held_back[key] = _HeldBack(epoch, self._clock.monotonic() + BROKEN_WAIT_S)
+                else:
+                    await self._release(key, epoch)
 
     async def _commit(self, member: CrewMember, done: Done) -> None:
         member.held.pop(done.key, None)
@@ -246,15 +256,22 @@ class Coordinator:
                 aside.missing.discard(done.key.position)
 
     async def _take_up_again(self, batch: _Open) -> None:
-        """Give the shards that were put aside, and lack nothing any more, to whichever worker is next."""
+        """Give the shards that lack nothing any more, or have been held back, to whichever worker is next."""
+        now = self._clock.monotonic()
         for key, aside in list(batch.aside.items()):
             if not aside.missing:
-                await self._metadata.release_shard(key, aside.epoch)
+                await self._release(key, aside.epoch)
                 del batch.aside[key]
-                batch.waiting = True
+        for key, held in list(batch.held_back.items()):
+            if held.until <= now:
+                await self._release(key, held.epoch)
+                del batch.held_back[key]
 
     async def _take_back(self, member: CrewMember, key: ShardKey, epoch: int) -> None:
         member.held.pop(key, None)
+        await self._release(key, epoch)
+
+    async def _release(self, key: ShardKey, epoch: int) -> None:
         await self._metadata.release_shard(key, epoch)
         if batch := self._open.get(key.batch_id):
             batch.waiting = True
@@ -294,7 +311,7 @@ class Coordinator:
         if state.status is BatchStatus.VALIDATING:
             return not self._planning and self._clock.monotonic() >= self._planning_held_until
         opened = self._open.get(state.id)
-        if opened is None or opened.unfinished == 0 or opened.aside:
+        if opened is None or opened.unfinished == 0 or opened.aside or opened.held_back:
             return True
         return (opened.batch.status, opened.batch.closing) != (state.status, state.closing)
 
@@ -377,9 +394,8 @@ class Coordinator:
         """Keep every worker supplied, for each set of replicas that batches wait for."""
         waiting: dict[Route, list[_Open]] = {}
         routes: dict[tuple[Endpoint, str | None], Route] = {}
-        now = self._clock.monotonic()
         for batch in self._open.values():
-            if not batch.waiting or batch.held_until > now:
+            if not batch.waiting:
                 continue
             # Lines that are not sent any more need no engine, and wait for no batch that does.
             closing, asked = batch.batch.closing is not None, (batch.batch.endpoint, batch.batch.model)
