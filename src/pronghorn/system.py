@@ -133,7 +133,6 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             configure=Configure(
                 blobs_dir=str(data_dir / "blobs"),
                 segments_dir=str(data_dir / "segments"),
-                line_bytes_max=settings.line_bytes_max,
                 answer_bytes_max=settings.answer_bytes_max,
                 line_timeout_s=settings.line_timeout_s,
                 refused_pause_s=settings.refused_pause_s,

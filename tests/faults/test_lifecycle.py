@@ -514,7 +514,7 @@ class Lifecycle(RuleBasedStateMachine):
             planner=Planner(self.metadata, checker, self.clock),
             finalizer=self.finalizer,
             clock=self.clock,
-            configure=Configure("", "", 1024, 1024, 1.0, 1.0, 1.0, prompt_order=False),
+            configure=Configure("", "", 1024, 1.0, 1.0, 1.0, prompt_order=False),
             workers=0,
         )
 

@@ -53,7 +53,7 @@ class Attempts:
     async def run(self, epoch: int) -> None:
         self._broken.clear()
         dispatcher = Dispatcher(
-            Configure("", "", 1 << 20, 1 << 20, 60.0, 60.0, 60.0, prompt_order=False),
+            Configure("", "", 1 << 20, 60.0, 60.0, 60.0, prompt_order=False),
             blobs=self._blobs,
             segments=self.segments,
             room=self._room,

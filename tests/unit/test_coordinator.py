@@ -151,7 +151,7 @@ async def coordinator(
     clock, pool, files = SystemClock(), EnginePool(engines), Files(database)
     blobs = await asyncio.to_thread(Blobs, directory / "blobs")
     segments = Segments(directory / "segments")
-    bounds: dict[str, Any] = {"line_bytes_max": 1024, "answer_bytes_max": 1024, "line_timeout_s": 1.0}
+    bounds: dict[str, Any] = {"answer_bytes_max": 1024, "line_timeout_s": 1.0}
     bounds |= {"refused_pause_s": 1.0, "model_grace_s": 1.0, "prompt_order": True}
     return Coordinator(
         metadata=metadata,

@@ -53,7 +53,7 @@ async def test_what_was_answered_is_written_before_anything_more_is_sent(
             done.set()
 
     dispatcher = Dispatcher(
-        Configure("", "", 1 << 20, 1 << 20, 60.0, 60.0, 60.0, prompt_order=False),
+        Configure("", "", 1 << 20, 60.0, 60.0, 60.0, prompt_order=False),
         blobs=blobs,
         segments=segments,
         room=Room(tmp_path),

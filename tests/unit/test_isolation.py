@@ -59,7 +59,7 @@ async def dispatching(tmp_path: Path, engine: OddEngine) -> AsyncIterator[Report
     """Send a shard to the engine."""
     reports, blobs = Reports(), Blobs(tmp_path / "blobs")
     dispatcher = Dispatcher(
-        Configure("", "", 1 << 20, 1 << 20, LINE_TIMEOUT_S, 60.0, 60.0, prompt_order=False),
+        Configure("", "", 1 << 20, LINE_TIMEOUT_S, 60.0, 60.0, prompt_order=False),
         blobs=blobs,
         segments=Segments(tmp_path / "segments"),
         room=Room(tmp_path),

@@ -103,6 +103,15 @@ def test_a_line_above_the_limit_comes_without_content_and_the_next_ones_are_unha
     assert split(*(bytes([byte]) for byte in content), line_bytes_max=5) == expected
 
 
+def test_a_line_that_was_found_too_long_comes_without_content_whatever_the_limit_is() -> None:
+    whole = [(1, b"one"), (2, None), (3, b"three"), (4, None)]
+    for chunks in ([b"one\ntwo\nthree\nfour"], [b"on", b"e\nt", b"wo", b"\nthr", b"ee\nfo", b"ur"]):
+        splitter = LineSplitter(line_bytes_max=1024, too_long={2, 4})
+        lines = [*(line for chunk in chunks for line in splitter.feed(chunk)), *splitter.finish()]
+        assert [(line.number, line.content) for line in lines] == whole
+        assert [line.length for line in lines] == [4, 4, 6, 4]
+
+
 def test_a_line_above_the_limit_is_never_held() -> None:
     chunk = b"x" * 65_536
     tracemalloc.start()

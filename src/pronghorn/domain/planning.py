@@ -10,7 +10,7 @@ import heapq
 import tempfile
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from typing import IO, Annotated, NamedTuple
 
@@ -107,12 +107,13 @@ class LineSplitter:
     """Cuts a byte stream into lines as it comes.
 
     Only a newline ends a line. A byte order mark at the file's start belongs to no line. A line of more than
-    `line_bytes_max` bytes is never held: it is skipped to its newline and comes out without content. `offset` and
-    `number` are those of the stream's first byte and line in their file.
+    `line_bytes_max` bytes is never held, nor is one whose number is in `too_long`: it is skipped to its newline and
+    comes out without content. `offset` and `number` are those of the stream's first byte and line in their file.
     """
 
-    def __init__(self, *, line_bytes_max: int, offset: int = 0, number: int = 1) -> None:
+    def __init__(self, *, line_bytes_max: int, too_long: Container[int] = (), offset: int = 0, number: int = 1) -> None:
         self._line_bytes_max = line_bytes_max
+        self._too_long = too_long
         self._offset = offset
         self._number = number
         self._rest = b""
@@ -126,14 +127,15 @@ class LineSplitter:
         *pieces, tail = chunk.split(b"\n")
         if pieces and (self._rest or self._skipped):
             yield self._whole(pieces.pop(0), newline=1)
-        number, offset, line_bytes_max = self._number, self._offset, self._line_bytes_max
+        number, offset, line_bytes_max, too_long = self._number, self._offset, self._line_bytes_max, self._too_long
         for piece in pieces:
             length = len(piece)
-            yield RawLine(number, offset, length + 1, piece.strip(_WHITE) if length <= line_bytes_max else None)
+            held = length <= line_bytes_max and number not in too_long
+            yield RawLine(number, offset, length + 1, piece.strip(_WHITE) if held else None)
             number += 1
             offset += length + 1
         self._number, self._offset = number, offset
-        if self._skipped or len(self._rest) + len(tail) > line_bytes_max:
+        if self._skipped or len(self._rest) + len(tail) > line_bytes_max or number in too_long:
             self._skipped += len(self._rest) + len(tail)
             self._rest = b""
         else:
@@ -147,7 +149,8 @@ class LineSplitter:
     def _whole(self, end: bytes, newline: int) -> RawLine:
         """Return the line whose beginning came in earlier chunks."""
         length = self._skipped + len(self._rest) + len(end)
-        content = (self._rest + end).strip(_WHITE) if length <= self._line_bytes_max else None
+        held = length <= self._line_bytes_max and self._number not in self._too_long
+        content = (self._rest + end).strip(_WHITE) if held else None
         line = RawLine(self._number, self._offset, length + newline, content)
         self._offset += length + newline
         self._number += 1

@@ -43,6 +43,8 @@ _VALUE = re.compile(rb'[\[{]|"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^][{}",:\s]++', re.DOT
 _DEPTH_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEPTH_STEPS)
 
+TOO_LONG = "line_too_long"
+
 
 class Problem(NamedTuple):
     """One thing wrong with a batch's input: OpenAI's error code, its text, and where (1-based line)."""
@@ -148,7 +150,7 @@ def other_model(model: str, number: int) -> Problem:
 def too_long(bytes_max: int, number: int) -> Problem:
     """Return the problem of a line above the limit of `bytes_max` bytes."""
     message = f"This line is longer than the {bytes_max} bytes that a line may have."
-    return Problem("line_too_long", message, None, number)
+    return Problem(TOO_LONG, message, None, number)
 
 
 def empty_file() -> Problem:

@@ -398,7 +398,7 @@ class Dispatcher:
         try:
             await run.open()
             self._dirty.set()
-            await run.read(self._blobs, self._config.line_bytes_max)
+            await run.read(self._blobs)
         except (StorageError, OSError) as error:
             if run.closing is not None and run.segment is not None:
                 self._give_up_unread(run)

@@ -13,7 +13,6 @@ class Configure(msgspec.Struct, tag=True, frozen=True):
 
     blobs_dir: str
     segments_dir: str
-    line_bytes_max: int
     answer_bytes_max: int
     line_timeout_s: float
     refused_pause_s: float

@@ -12,6 +12,7 @@ from pronghorn.domain.model import BlobRef, Closing, Copy, Endpoint, Parts, Shar
 from pronghorn.domain.order import PromptQueue, prompt_offset
 from pronghorn.domain.planning import LineSplitter, RawLine
 from pronghorn.domain.retry import Failure
+from pronghorn.domain.validation import TOO_LONG
 from pronghorn.engines.client import Call
 from pronghorn.errors import Damaged, unreachable
 from pronghorn.storage.blobs import Blobs
@@ -146,10 +147,16 @@ class ShardRun:
         self.durable = self.counter.tally()
         self.segment = await asyncio.to_thread(self._segments.create, self.key, self.shard.epoch)
 
-    async def read(self, blobs: Blobs, line_bytes_max: int) -> None:
-        """Make the shard's unrecorded lines ready, a bounded number ahead of what is sent."""
+    async def read(self, blobs: Blobs) -> None:
+        """Make the shard's unrecorded lines ready, a bounded number ahead of what is sent.
+
+        Which lines are too long was found when they were validated, whatever the limit is now.
+        """
         shard = self.shard
-        splitter = LineSplitter(line_bytes_max=line_bytes_max, offset=shard.offset, number=shard.first_line)
+        too_long = {reject.line for reject in shard.rejects if reject.code == TOO_LONG}
+        splitter = LineSplitter(
+            line_bytes_max=shard.bytes, too_long=too_long, offset=shard.offset, number=shard.first_line
+        )
         async for chunk in blobs.read(self.blobs, shard.offset, shard.offset + shard.bytes):
             self._add(splitter.feed(chunk))
             await self._wait_for_room()
