@@ -6,6 +6,8 @@ import asyncio
 import functools
 import gc
 import inspect
+import os
+import resource
 import socket
 import ssl
 import subprocess
@@ -430,6 +432,20 @@ async def test_refused() -> None:
     client = EngineClient(f"http://127.0.0.1:{free_port()}")
     assert await fault_of(send(client)) is FaultKind.REFUSED
     await client.close()
+
+
+@on_both_loops
+async def test_a_lack_of_files_of_our_own_is_told_apart() -> None:
+    async with engine() as served:
+        client = served.client()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            assert await fault_of(send(client)) is FaultKind.OUT_OF_FILES
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "a" * 64 + ".invalid"])

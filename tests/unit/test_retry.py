@@ -95,6 +95,7 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
             pytest.param(answer(status), once_more(Failure()), id=str(status))
             for status in (408, 409, 425, 500, 502, 504, 529)
         ),
+        pytest.param(fault(FaultKind.OUT_OF_FILES), Again(0.5, 1.0, costs_attempt=False, ours=True), id="out of files"),
         pytest.param(fault(FaultKind.ABORTED), Again(0.0, 0.0, costs_attempt=False), id="given up by us"),
         pytest.param(fault(FaultKind.DISCONNECTED), Lost(DISCONNECTED, hung=False), id="disconnect"),
         pytest.param(fault(FaultKind.PROTOCOL), once_more(GARBLED), id="no HTTP"),
@@ -205,7 +206,11 @@ def test_an_unknown_model_is_waited_for_and_then_given_up() -> None:
 
 @pytest.mark.parametrize(
     "symptom",
-    [*(answer(status) for status in (429, 503, 504, 529)), fault(FaultKind.IDLE_TIMEOUT)],
+    [
+        *(answer(status) for status in (429, 503, 504, 529)),
+        fault(FaultKind.IDLE_TIMEOUT),
+        fault(FaultKind.OUT_OF_FILES),
+    ],
 )
 def test_some_symptoms_show_overload(symptom: Answer | Fault) -> None:
     assert shows_overload(symptom)

@@ -10,7 +10,9 @@ class FaultKind(enum.StrEnum):
     """What went wrong when no complete HTTP answer came."""
 
     REFUSED = "refused"
-    """No connection could be made: refused, no route, or no file descriptor left."""
+    """No connection could be made: refused, or no route."""
+    OUT_OF_FILES = "out_of_files"
+    """No connection could be made because this process, or the whole system, can open no further one."""
     DNS = "dns"
     """The engine's host name did not resolve."""
     CONNECT_TIMEOUT = "connect_timeout"

@@ -23,6 +23,8 @@ BACKOFF_S_MAX = 60.0
 LOADING_BACKOFF_S_MAX = 30.0
 # A model that an engine does not know is asked for again this often while it may still be loading.
 ABSENT_MODEL_PAUSE_S = 30.0
+# Connections that close, of which each line in flight has one, make room for others.
+OUT_OF_FILES_WAIT_S = 1.0
 # A line's record keeps each of its token counts in 32 bits.
 TOKENS_MAX = (1 << 32) - 1
 
@@ -45,12 +47,16 @@ class Failure(NamedTuple):
 
 
 class Again(NamedTuple):
-    """Try the line again after a wait between the two bounds; `or_else` is its outcome if time runs out before."""
+    """Try the line again after a wait between the two bounds; `or_else` is its outcome if time runs out before.
+
+    `ours` tells that something of ours was lacking: it says nothing about the engine.
+    """
 
     wait_s_min: float
     wait_s_max: float
     costs_attempt: bool
     or_else: Failure | None = None
+    ours: bool = False
 
 
 class Pause(NamedTuple):
@@ -163,6 +169,13 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_uncounted = msgspec.json.Decoder(_Uncounted).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
+_OVERLOADED = (
+    FaultKind.FIRST_BYTE_TIMEOUT,
+    FaultKind.IDLE_TIMEOUT,
+    FaultKind.TOTAL_TIMEOUT,
+    FaultKind.OUT_OF_FILES,
+)
+
 
 def judge(
     answer: Answer | Fault, endpoint: Endpoint, effort: Effort, now: float, patience: Patience = _PATIENCE
@@ -181,9 +194,9 @@ def charge(lost: Lost, effort: Effort) -> Failure | Again:
 
 
 def shows_overload(answer: Answer | Fault) -> bool:
-    """Tell whether an engine shows by this that it has more than it can take."""
+    """Tell whether an engine shows by this that it has more than it can take, or that we have."""
     if isinstance(answer, Fault):
-        return answer.kind in (FaultKind.FIRST_BYTE_TIMEOUT, FaultKind.IDLE_TIMEOUT, FaultKind.TOTAL_TIMEOUT)
+        return answer.kind in _OVERLOADED
     return answer.status in (429, 503, 504, 529)
 
 
@@ -214,6 +227,8 @@ def _judge_fault(fault: Fault, effort: Effort) -> Verdict:
     match fault.kind:
         case FaultKind.REFUSED | FaultKind.DNS | FaultKind.CONNECT_TIMEOUT | FaultKind.TLS:
             return Pause(*engine_wait(effort.pauses), fault.detail)
+        case FaultKind.OUT_OF_FILES:
+            return Again(OUT_OF_FILES_WAIT_S / 2, OUT_OF_FILES_WAIT_S, costs_attempt=False, ours=True)
         case FaultKind.ABORTED:
             return Again(0.0, 0.0, costs_attempt=False)
         case FaultKind.FIRST_BYTE_TIMEOUT | FaultKind.IDLE_TIMEOUT | FaultKind.TOTAL_TIMEOUT:

@@ -11,6 +11,7 @@ from pronghorn.domain.answers import Answer, Fault, FaultKind
 from pronghorn.engines.connection import Connection
 from pronghorn.engines.request import Done, Request, Timeouts
 from pronghorn.engines.request_head import Address
+from pronghorn.errors import is_out_of_files
 
 SWEEP_S_MIN = 0.02
 SWEEP_S_MAX = 0.5
@@ -165,6 +166,8 @@ class ConnectionPool:
 
     def _connect_fault(self, error: Exception) -> Fault:
         match error:
+            case OSError() if is_out_of_files(error):
+                return self.fault(FaultKind.OUT_OF_FILES, f"could not be asked: {error.strerror}")
             case ssl.SSLError():
                 return self.fault(FaultKind.TLS, f"failed the TLS handshake: {error}")
             case TimeoutError():

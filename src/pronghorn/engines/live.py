@@ -15,7 +15,15 @@ from pronghorn.domain.answers import Fault, FaultKind
 from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines.base import EnginePool
 from pronghorn.engines.client import AnswerCutError, AnswerStream, EngineClient, Timeouts
-from pronghorn.errors import EngineFailed, EngineTimedOut, EngineUnreachable, NotFound, RequestError, TooManyRequests
+from pronghorn.errors import (
+    EngineFailed,
+    EngineTimedOut,
+    EngineUnreachable,
+    NotFound,
+    OutOfFiles,
+    RequestError,
+    TooManyRequests,
+)
 from pronghorn.limits import LIVE_IN_FLIGHT_MAX
 
 # Somebody waits: a replica that does not accept a connection by then is passed over for another.
@@ -242,6 +250,8 @@ def _failure(fault: Fault) -> RequestError:
     match fault.kind:
         case FaultKind.FIRST_BYTE_TIMEOUT | FaultKind.IDLE_TIMEOUT | FaultKind.TOTAL_TIMEOUT:
             return EngineTimedOut("The engine did not answer in time.", code="request_timeout")
+        case FaultKind.OUT_OF_FILES:
+            return OutOfFiles("The server has too many files open. Try again soon.", code="too_many_open_files")
         case FaultKind.TOO_LARGE:
             return EngineFailed("The engine's answer was larger than the limit.", code="upstream_answer_too_large")
         case _:

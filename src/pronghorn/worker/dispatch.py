@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -45,6 +46,8 @@ from pronghorn.worker.protocol import (
 )
 from pronghorn.worker.shard_run import Line, ShardRun
 from pronghorn.worker.triage import Finding, Triage
+
+log = logging.getLogger("pronghorn.worker")
 
 # Outcomes that wait for the disk: past this no further line is sent until it has caught up.
 UNDURABLE_BYTES_MAX = 32 * MIB
@@ -124,6 +127,7 @@ class Dispatcher:
         self._undurable_bytes = 0
         self._writing = False
         self._full: str | None = None
+        self._short = False
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
         self._drained = asyncio.Event()
@@ -259,7 +263,11 @@ class Dispatcher:
             case retry.Again() as again:
                 if refused:
                     lane.hold_place(again.wait_s_min)
-                self._put_off(line, lane, again, answer)
+                if again.ours:
+                    self._note_shortage(answer)
+                    self._try_again(line, again, answer)
+                else:
+                    self._put_off(line, lane, again, answer)
             case retry.Pause() as pause:
                 line.charged -= 1
                 _remember(line, pause.or_else, answer)
@@ -294,6 +302,11 @@ class Dispatcher:
         if not again.costs_attempt and self._lanes.can_go_elsewhere(line):
             again = again._replace(wait_s_min=0.0, wait_s_max=0.0)
         self._try_again(line, again, answer)
+
+    def _note_shortage(self, answer: Answer | Fault) -> None:
+        if not self._short and isinstance(answer, Fault):
+            self._short = True
+            log.warning("%s; lines are tried again, raise the limit of open files (ulimit -n)", answer.detail)
 
     def _try_again(self, line: Line, again: retry.Again, answer: Answer | Fault | None) -> None:
         line.charged -= not again.costs_attempt

@@ -103,6 +103,8 @@ class Triage:
                 self._settle(lane, Finding(doubt, alive=False, pause=pause, silent=True))
             case retry.Pause(model_only=False):
                 self._settle(lane, Finding(doubt, alive=False, pause=verdict))
+            case retry.Again(ours=True):
+                asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
             case retry.Lost(hung=False):
                 self._canary_lost(lane, doubt)
             case _:
