@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +12,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from pronghorn.domain.model import ShardKey, Tally, Usage
+from pronghorn.storage.durable import EXIT_DISK_FAILED
 from pronghorn.storage.segments import Fate, Outcome, Place, Segments, encode, tally
 from tests.disks import in_memory
 
@@ -161,3 +165,31 @@ def test_outcomes_add_up(segments: Segments) -> None:
     )
     assert tally(places) == Tally(2, 1, 1, Usage(11, 22, 33, 44))
     assert tally([]) == Tally()
+
+
+WRITE_WHERE = """
+import os, sys
+from pathlib import Path
+from pronghorn.domain.model import Usage
+from pronghorn.storage.segments import Fate, Outcome, SegmentWriter
+writer = SegmentWriter(Path(sys.argv[1]) / "1-1.segment")
+os.dup2(os.open(sys.argv[2], int(sys.argv[3])), writer._descriptor)
+writer.append(Outcome(1, Fate.COMPLETED, Usage(), b"{}"))
+writer.write()
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "flags"),
+    [
+        pytest.param("/dev/null", os.O_RDONLY, id="a disk that takes nothing"),
+        pytest.param("/dev/full", os.O_WRONLY, id="a full disk that does not even shrink a file"),
+    ],
+)
+def test_a_disk_that_fails_ends_the_process_and_does_not_pass_for_a_full_one(
+    folder: Path, path: str, flags: int
+) -> None:
+    command = [sys.executable, "-c", WRITE_WHERE, str(folder), path, str(flags)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == EXIT_DISK_FAILED, ended.stderr
+    assert "the disk has failed" in ended.stderr

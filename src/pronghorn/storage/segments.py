@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pronghorn.domain.model import ShardKey, Tally, Usage
-from pronghorn.errors import Damaged
+from pronghorn.errors import Damaged, is_full
 from pronghorn.limits import MIB
 from pronghorn.storage import durable
 
@@ -108,7 +108,8 @@ class SegmentWriter:
             while view:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
-            self._cut_back()
+            if is_full(error):
+                self._cut_back()
             durable.refused(error, self.path)
         self._held.clear()
         self._written = self._end
@@ -118,8 +119,11 @@ class SegmentWriter:
         _sync(self._descriptor, self.path)
 
     def _cut_back(self) -> None:
-        os.ftruncate(self._descriptor, self._written)
         os.lseek(self._descriptor, self._written, os.SEEK_SET)
+        try:
+            os.ftruncate(self._descriptor, self._written)
+        except OSError as error:
+            durable.refused(error, self.path)
 
     def close(self) -> None:
         os.close(self._descriptor)
