@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pronghorn.domain.model import Replica, ShardKey
 from pronghorn.executors.base import Executor, WorkerLink
 from pronghorn.storage import durable
-from pronghorn.worker.protocol import Configure, LeaveRoom, Order, Ready, Report, Stop, UseReplicas
+from pronghorn.worker.protocol import Configure, Done, LeaveRoom, Order, Ready, Report, Stop, UseReplicas
 
 log = logging.getLogger("pronghorn.crew")
 
 RESTART_WAIT_S_MAX = 30.0
+# A worker that lives so long, or finishes a shard, works: the next one is started at once again.
+WORKS_AFTER_S = 30.0
 # Beyond its drain, a worker gets this long to write and go.
 STOP_GRACE_S = 5.0
 # A worker speaks four times a second. One that says nothing for so long stands still, be it frozen or stuck in a call
@@ -105,7 +107,8 @@ class CrewMember:
             asyncio.get_running_loop().call_later(drain_s + STOP_GRACE_S, self._link.hang_up)
 
     async def _run_once(self) -> bool:
-        worked = False
+        finished = False
+        started = asyncio.get_running_loop().time()
         try:
             self._link = link = await self._executor.start()
         except OSError as error:
@@ -121,7 +124,7 @@ class CrewMember:
             async for report in link.reports():
                 self._heard = True
                 self.ready = self.ready or isinstance(report, Ready)
-                worked = worked or not isinstance(report, Ready)
+                finished = finished or isinstance(report, Done)
                 self._post(Reported(self, report))
         finally:
             watching.cancel()
@@ -130,7 +133,7 @@ class CrewMember:
             if await link.end() == durable.EXIT_DISK_FAILED:
                 durable.end_with_worker()
             self._post(Gone(self))
-        return worked
+        return finished or asyncio.get_running_loop().time() - started >= WORKS_AFTER_S
 
     async def _watch(self, link: WorkerLink) -> None:
         """Kill a worker that has gone silent.
