@@ -18,7 +18,9 @@ from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Segments
 from pronghorn.worker import isolation, triage
 from pronghorn.worker.dispatch import Dispatcher
+from pronghorn.worker.lanes import Lanes
 from pronghorn.worker.protocol import Assign, Configure, Done, Moved, Report
+from pronghorn.worker.shard_run import Line, ShardRun
 from tests.faults.test_kill import batch_input
 from tests.faults.test_odd_upstreams import OddEngine, Wire, running
 
@@ -137,6 +139,22 @@ async def test_a_suspect_that_hangs_alone_holds_up_no_other(tmp_path: Path) -> N
             await reports.durable_lines(LINES - 1)
             assert behave.deaths == 2
             assert reports.done is None
+
+
+async def test_a_suspect_that_no_replica_answers_holds_up_no_other(tmp_path: Path) -> None:
+    config = Configure("", "", 1 << 20, LINE_TIMEOUT_S, 60.0, 60.0, prompt_order=False)
+    lanes = Lanes(config, SystemClock(), asyncio.get_running_loop().create_task, lambda: None)
+    lanes.use([Replica("http://127.0.0.1:9/v1", models=("here",), window=WINDOW)])
+    suspects = isolation.Isolation(lanes)
+    for deaths, model in ((3, "gone"), (2, "here"), (4, "gone")):
+        order = Assign(Shard(ShardKey("batch_1", 0), 1, 1, 0, 1), [], Endpoint.CHAT_COMPLETIONS, model)
+        line = Line(ShardRun(order, Segments(tmp_path), lambda: None, prompt_order=False), 1, b'"id"')
+        line.deaths = deaths
+        suspects.add(line)
+    alone = suspects.next(0.0)
+    assert alone is not None
+    assert alone.line.run.model == "here"
+    await lanes.close()
 
 
 async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path: Path) -> None:

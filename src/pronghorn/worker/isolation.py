@@ -49,19 +49,16 @@ class Isolation:
             if (lane.in_flight or lane.doubt is not None) and lane in self._lanes:
                 return None  # it is being cleared, a suspect runs, or what became of the last one is not known yet
             self._keep_clear(None)
-        if not self._suspects:
+        if (way := self._most_suspected()) is None:
             return None
-        line = max(self._suspects, key=lambda line: line.deaths)
-        lane = self._lanes.emptiest(line.run)
-        if lane is None:
-            return None
+        line, lane = way
         self._keep_clear(lane)
         self._until = now + QUIET_S_MAX
         if lane.in_flight or not (lane.breaker.reason is None or lane.admits_probe(now)):
             return None
         self._suspects.remove(line)
         self._running, self._until = line, now + QUIET_S_MAX * 2**line.isolations_ended
-        return Alone(line, lane)
+        return way
 
     def is_over(self, lane: Lane, now: float) -> bool:
         """Tell whether a replica that lives has been kept clear for long enough, for all that still runs there."""
@@ -78,6 +75,13 @@ class Isolation:
             slow.isolations_ended += 1
         self._keep_clear(None)
         return list(self._suspects)
+
+    def _most_suspected(self) -> Alone | None:
+        """Return the most suspected line of those that some replica answers, and where it is soonest alone."""
+        for line in sorted(self._suspects, key=lambda line: -line.deaths):
+            if (lane := self._lanes.emptiest(line.run)) is not None:
+                return Alone(line, lane)
+        return None
 
     def _keep_clear(self, lane: Lane | None) -> None:
         if self._clear is not None:
