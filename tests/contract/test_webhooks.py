@@ -27,7 +27,7 @@ from pronghorn.domain.webhooks import (
     Verdict,
     WebhookEndpoint,
 )
-from pronghorn.errors import Fenced
+from pronghorn.errors import Fenced, StorageError
 from pronghorn.storage.database import Database
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.webhooks import ENDPOINTS_PER_ACCOUNT_MAX, Webhooks
@@ -590,3 +590,30 @@ class TestSignature:
             assert standardwebhooks.Webhook(secret).verify(b"{}", headers) == {}
         with pytest.raises(standardwebhooks.WebhookVerificationError):
             standardwebhooks.Webhook(SECRETS[2]).verify(b"{}", headers)
+
+
+async def test_a_database_that_refuses_is_waited_for(
+    metadata: Metadata,
+    webhooks: Webhooks,
+    clock: SetClock,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("pronghorn.control.webhooks.POLL_S", 0.01)
+    refusals = [StorageError("the database refuses: locked")] * 3
+    read = webhooks.due
+
+    async def due(*arguments: Any, **options: Any) -> list[Any]:
+        if refusals:
+            raise refusals.pop()
+        return await read(*arguments, **options)
+
+    monkeypatch.setattr(webhooks, "due", due)
+    await webhooks.add_endpoint(endpoint(url=receiver.url))
+    await end_batch(metadata)
+    async with delivering(make_courier(webhooks, clock)):
+        await take(receiver)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "webhooks wait: the database refuses: locked"
+    ]

@@ -31,6 +31,7 @@ from pronghorn.domain.webhooks import (
     WebhookEndpoint,
     judge,
 )
+from pronghorn.errors import StorageError
 from pronghorn.storage.webhooks import Due, Webhooks
 
 log = logging.getLogger("pronghorn.webhooks")
@@ -107,11 +108,18 @@ class Courier:
         self._woken.set()
 
     async def run(self) -> None:
-        """Deliver until cancelled; what is then under way counts as not sent."""
+        """Deliver until cancelled; what is then under way counts as not sent. While the database refuses, wait."""
+        refused = False
         try:
             while True:
                 self._woken.clear()
-                await self._start_due()
+                try:
+                    await self._start_due()
+                    refused = False
+                except StorageError as error:
+                    if not refused:
+                        log.error("webhooks wait: %s", error)
+                    refused = True
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
                         await self._woken.wait()
