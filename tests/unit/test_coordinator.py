@@ -42,7 +42,7 @@ from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata, OpenState
 from pronghorn.storage.segments import Segments
-from pronghorn.worker.protocol import Assign, Broken, Configure, Done, Order, Ready, Report, Stop
+from pronghorn.worker.protocol import Assign, Broken, Configure, Done, Order, Ready, Report, Stop, UseReplicas
 
 
 class Refusing(Metadata):
@@ -81,29 +81,44 @@ class Committing(Metadata):
         self.news.set()
 
 
-class Reading:
-    """An executor of one worker that cannot read the first shard and does the others."""
+class Workers:
+    """An executor whose workers do every shard at once, except those that cannot be read."""
 
-    def __init__(self) -> None:
-        self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
-        self._reports.put_nowait(Ready())
+    def __init__(self, *unreadable: int) -> None:
+        self.unreadable = unreadable
+        self.links: list[WorkerOnPaper] = []
         self.refused = 0
         self.news = asyncio.Event()
 
-    async def start(self) -> Reading:
-        return self
+    async def start(self) -> WorkerOnPaper:
+        self.links.append(WorkerOnPaper(self))
+        return self.links[-1]
+
+
+class WorkerOnPaper:
+    """What a worker is told and says."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
+        self._reports.put_nowait(Ready())
+        self.windows: list[int | None] = []
+        self.shards = 0
 
     def send(self, order: Order) -> None:
         match order:
-            case Assign(shard) if shard.key.position == 0:
+            case UseReplicas(replicas):
+                self.windows = [replica.window for replica in replicas]
+            case Assign(shard) if shard.key.position in self._workers.unreadable:
                 self._reports.put_nowait(Broken(shard.key, shard.epoch, "is damaged"))
-                self.refused += 1
+                self._workers.refused += 1
+                self._workers.news.set()
             case Assign(shard):
+                self.shards += 1
                 result = ShardResult(None, None, Tally(completed=shard.lines), [])
                 self._reports.put_nowait(Done(shard.key, shard.epoch, result))
             case Stop():
                 self.hang_up()
-        self.news.set()
 
     async def reports(self) -> AsyncIterator[Report]:
         while (report := await self._reports.get()) is not None:
@@ -147,6 +162,7 @@ async def coordinator(
     directory: Path,
     executor: Executor | None = None,
     engines: Sequence[Engine] = (),
+    workers: int = 1,
 ) -> Coordinator:
     clock, pool, files = SystemClock(), EnginePool(engines), Files(database)
     blobs = await asyncio.to_thread(Blobs, directory / "blobs")
@@ -163,7 +179,7 @@ async def coordinator(
         finalizer=Finalizer(metadata, files, blobs, segments, clock, RandomIds()),
         clock=clock,
         configure=Configure(str(directory / "blobs"), str(directory / "segments"), **bounds),
-        workers=1,
+        workers=workers,
         batch_ended=lambda: None,
     )
 
@@ -191,7 +207,7 @@ async def test_a_shard_that_cannot_be_read_holds_up_no_other_of_its_batch(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BROKEN_WAIT_S", 3600.0)
-    metadata, executor = Committing(database), Reading()
+    metadata, executor = Committing(database), Workers(0)
     await add_batch(metadata, Files(database), shards=4)
     engine = UpstreamEngine(UpstreamSettings("http://127.0.0.1:9/v1", models=("scripted",)))
     coordinating = await coordinator(metadata, database, tmp_path, executor, [engine])
@@ -205,11 +221,28 @@ async def test_a_shard_that_cannot_be_read_holds_up_no_other_of_its_batch(
     await engine.stop()
 
 
+async def test_a_worker_that_a_small_window_leaves_nothing_gets_no_shards(database: Database, tmp_path: Path) -> None:
+    metadata, executor = Committing(database), Workers()
+    await add_batch(metadata, Files(database), shards=9)
+    engine = UpstreamEngine(UpstreamSettings("http://127.0.0.1:9/v1", models=("scripted",), window=2))
+    coordinating = await coordinator(metadata, database, tmp_path, executor, [engine], workers=3)
+    running = asyncio.create_task(coordinating.run())
+    async with asyncio.timeout(60):
+        while metadata.committed < 9:
+            await metadata.news.wait()
+            metadata.news.clear()
+    coordinating.stop(0)
+    await running
+    await engine.stop()
+    assert sorted(link.windows for link in executor.links) == [[], [1], [1]]
+    assert all(link.windows for link in executor.links if link.shards)
+
+
 async def test_a_shard_that_cannot_be_read_is_tried_again(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BROKEN_WAIT_S", 0.0)
-    metadata, executor = Metadata(database), Reading()
+    metadata, executor = Metadata(database), Workers(0)
     await add_batch(metadata, Files(database), shards=1)
     engine = UpstreamEngine(UpstreamSettings("http://127.0.0.1:9/v1", models=("scripted",)))
     coordinating = await coordinator(metadata, database, tmp_path, executor, [engine])

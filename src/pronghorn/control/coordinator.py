@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from pronghorn.clock import Clock
 from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Route
@@ -124,7 +125,8 @@ class Coordinator:
         self._batch_ended = batch_ended
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._crew = [
-            CrewMember(executor, configure, self._share_of_replicas, self._events.put_nowait) for _ in range(workers)
+            CrewMember(executor, configure, partial(self._share_of_replicas, index), self._events.put_nowait)
+            for index in range(workers)
         ]
         self._open: dict[str, _Open] = {}
         self._planning: dict[str, asyncio.Task[None]] = {}
@@ -379,9 +381,14 @@ class Coordinator:
         for member in self._crew:
             member.send(Close(batch.id, closing))
 
-    def _share_of_replicas(self) -> list[Replica]:
+    def _share_of_replicas(self, index: int) -> list[Replica]:
         """Return the replicas as one worker may use them: a stated window is for all workers together."""
-        return [replica.shared_by(len(self._crew)) for replica in self._engines.replicas()]
+        shares = (replica.share(index, len(self._crew)) for replica in self._engines.replicas())
+        return [share for share in shares if share is not None]
+
+    def _reaches(self, index: int, route: Route) -> bool:
+        """Tell whether a worker has a share of a replica in the route, or needs none."""
+        return route == NO_ENGINE or any(replica.base_url in route for replica in self._share_of_replicas(index))
 
     def _use_replicas(self) -> None:
         for member in self._crew:
@@ -412,8 +419,8 @@ class Coordinator:
         """Return one entry for each shard that a worker has room for, the emptiest workers first."""
         unsent = {
             member: sum(not held.sent and held.route == route for held in member.held.values())
-            for member in self._crew
-            if member.ready
+            for index, member in enumerate(self._crew)
+            if member.ready and self._reaches(index, route)
         }
         slots = [
             (level, index) for index, member in enumerate(unsent) for level in range(unsent[member], UNSENT_SHARDS_MAX)

@@ -12,6 +12,11 @@ from pronghorn.domain.causes import Cause
 DEFAULT_ACCOUNT = "org-default"
 
 
+def part(whole: int, index: int, parts: int) -> int:
+    """Return the size of one of so many parts, as equal as can be, that make the whole together."""
+    return whole // parts + (index < whole % parts)
+
+
 class Endpoint(enum.StrEnum):
     """An API path that a batch can run."""
 
@@ -275,13 +280,16 @@ class Replica(msgspec.Struct, frozen=True):
     api_key_env: str | None = None
     sharers: int = 1
 
-    def shared_by(self, workers: int) -> Replica:
-        """Return the replica as one of so many workers may use it: its stated window and slots are divided."""
+    def share(self, index: int, workers: int) -> Replica | None:
+        """Return the replica as one of so many workers may use it, its stated window divided; None where none is left.
 
-        def part(of: int | None) -> int | None:
-            return None if of is None else max(1, -(-of // workers))
-
-        return msgspec.structs.replace(self, window=part(self.window), slots=part(self.slots), sharers=workers)
+        Its slots are divided as well, which is an estimate: whose lines they run is not known.
+        """
+        window = None if self.window is None else part(self.window, index, workers)
+        slots = None if self.slots is None else max(1, part(self.slots, index, workers))
+        if window == 0:
+            return None
+        return msgspec.structs.replace(self, window=window, slots=slots, sharers=workers)
 
     def answers(self, endpoint: Endpoint, model: str) -> bool:
         """Tell whether lines for `endpoint` that name `model` can be sent here."""

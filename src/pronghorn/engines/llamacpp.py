@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pronghorn.domain.model import Endpoint, Replica
+from pronghorn.domain.model import Endpoint, Replica, part
 from pronghorn.engines.child import ChildServer, cores, free_port
 from pronghorn.engines.embedded import EmbeddedEngine
 from pronghorn.engines.llamacpp_child import ChildOptions
@@ -33,9 +33,9 @@ class LlamaCppEngine(EmbeddedEngine):
 
     def __init__(self, settings: LlamaCppSettings, *, generates: bool = True, embeds: bool = True) -> None:
         def servers(model: Path, names: tuple[str, ...]) -> list[ChildServer]:
-            generators = _generators(settings, names[0], model) if generates else []
+            running = generators(settings, names[0], model) if generates else []
             embedders = [_embedder(settings, names[0], model)] if embeds else []
-            return [_server(options, names, _GENERATES) for options in generators] + [
+            return [_server(options, names, _GENERATES) for options in running] + [
                 _server(options, names, _EMBEDS) for options in embedders
             ]
 
@@ -56,25 +56,25 @@ def _server(options: ChildOptions, names: tuple[str, ...], endpoints: tuple[Endp
     return ChildServer(module, options, replica, engine="llama.cpp", model=options.model, environment=_ENVIRONMENT)
 
 
-def _generators(settings: LlamaCppSettings, name: str, model: Path) -> list[ChildOptions]:
+def generators(settings: LlamaCppSettings, name: str, model: Path) -> list[ChildOptions]:
     """Return the processes that share this machine's cores, and as many slots as its memory affords."""
     threads = settings.threads or cores()
-    processes = min(threads, PROCESSES_MAX)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * MEMORY_SHARE
     affordable = int(memory / (settings.context_tokens * BYTES_PER_CONTEXT_TOKEN))
-    slots = settings.slots or min(threads * SLOTS_PER_CORE, SLOTS_MAX, affordable)
+    slots = max(1, settings.slots or min(threads * SLOTS_PER_CORE, SLOTS_MAX, affordable))
+    processes = min(threads, slots, PROCESSES_MAX)
     return [
         ChildOptions(
             model=str(model),
             name=name,
             port=free_port(),
-            slots=max(1, slots // processes),
-            threads=threads // processes,
+            slots=part(slots, index, processes),
+            threads=part(threads, index, processes),
             context_tokens=settings.context_tokens,
             answer_tokens=settings.answer_tokens,
             embeddings=False,
         )
-        for _ in range(processes)
+        for index in range(processes)
     ]
 
 
