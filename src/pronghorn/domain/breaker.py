@@ -14,7 +14,6 @@ class Breaker:
         self.reason: str | None = None
         self.trips = 0
         self.silent = False
-        self._since = 0.0
         self._tripped_at = 0.0
         self._until = 0.0
 
@@ -22,8 +21,6 @@ class Breaker:
         """Let nothing through for `wait_s`; False, and nothing changes, while an earlier wait lasts."""
         if self.reason is not None and now < self._until:
             return False
-        if self.reason is None:
-            self._since = now
         self.trips += 1
         self.reason, self.silent = reason, silent
         self._tripped_at, self._until = now, now + wait_s
@@ -41,7 +38,3 @@ class Breaker:
         """Close, if an answer to what was sent at that time proves the engine well."""
         if self.reason is not None and (self.silent or sent_at >= self._tripped_at):
             self.reason, self.trips, self.silent = None, 0, False
-
-    def tripped_for_s(self, now: float) -> float:
-        """Return for how long it has not been closed."""
-        return 0.0 if self.reason is None else now - self._since

@@ -289,7 +289,7 @@ def _judge_refusal(
         case 401 | 403:
             reason = f"the engine refuses access with status {status}"
             return Pause(patience.refused_pause_s, patience.refused_pause_s, reason, or_else=Failure())
-        case 404 if effort.absent_s < patience.model_grace_s and _names_no_model(error):
+        case 404 if effort.absent_s < patience.model_grace_s and _is_about_model(error):
             reason = "the engine does not know the model (404)"
             wait_s = min(ABSENT_MODEL_PAUSE_S, patience.model_grace_s)
             return Pause(wait_s, wait_s, reason, or_else=Failure(), model_only=True)
@@ -322,7 +322,7 @@ def _judge_rate_limit(
     return Again(wait, wait + max(1.0, wait / 10), costs_attempt=False)
 
 
-def _names_no_model(error: _Error) -> bool:
+def _is_about_model(error: _Error) -> bool:
     """Tell whether a 404 is about the model; of a wrong path vLLM says `Not Found` and others send a page."""
     about_model = isinstance(error.message, str) and "model" in error.message.lower()
     return error.code == "model_not_found" or about_model

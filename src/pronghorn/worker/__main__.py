@@ -94,7 +94,10 @@ async def _obey(orders: framing.Messages[Order], dispatcher: Dispatcher) -> None
 
 
 def main() -> None:
-    """Run a worker on the socket whose descriptor is the only argument; exit 1 when the disk can't be trusted."""
+    """Run a worker on the socket whose descriptor is the only argument.
+
+    Exits 1 where it cannot go on, and 74 at once where the disk has failed.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are the coordinator's, which drains us
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
