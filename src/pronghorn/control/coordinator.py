@@ -142,7 +142,7 @@ class Coordinator:
         self._events.put_nowait(None)
 
     def leave_room(self, live: Mapping[str, int]) -> None:
-        """Make the workers leave room for so many live requests at each replica, by base URL."""
+        """Make the workers leave room for so many live requests at each replica, by name."""
         for member in self._crew:
             member.leave_room(live)
 
@@ -388,7 +388,7 @@ class Coordinator:
 
     def _reaches(self, index: int, route: Route) -> bool:
         """Tell whether a worker has a share of a replica in the route, or needs none."""
-        return route == NO_ENGINE or any(replica.base_url in route for replica in self._share_of_replicas(index))
+        return route == NO_ENGINE or any(replica.name in route for replica in self._share_of_replicas(index))
 
     def _use_replicas(self) -> None:
         for member in self._crew:
@@ -450,7 +450,7 @@ class Coordinator:
 
     def _route(self, batch: Batch) -> Route:
         replicas = self._engines.replicas()
-        return tuple(r.base_url for r in replicas if r.answers(batch.endpoint, batch.model or ""))
+        return tuple(r.name for r in replicas if r.answers(batch.endpoint, batch.model or ""))
 
     # What people see
 
@@ -499,9 +499,9 @@ class Coordinator:
         if not route:
             return f"no engine answers model '{batch.model}' at present"
         paused = [pause for pauses in self._paused.values() for pause in pauses]
-        reasons = {pause.base_url: pause.reason for pause in paused if pause.model in (None, batch.model)}
-        if all(url in reasons for url in route):
-            return "; ".join(dict.fromkeys(reasons[url] for url in route))
+        reasons = {pause.replica: pause.reason for pause in paused if pause.model in (None, batch.model)}
+        if all(name in reasons for name in route):
+            return "; ".join(dict.fromkeys(reasons[name] for name in route))
         if now - opened.pace.moved_at < STALLED_S:
             return None
         held = {key.batch_id: held.route for member in self._crew for key, held in member.held.items()}
@@ -509,7 +509,7 @@ class Coordinator:
             ahead = Counter(self._open[other].job.id for other in held if held[other] == route and other in self._open)
             names = ", ".join(f"{count} batches of {job_id}" for job_id, count in ahead.items())
             return f"waiting behind {names}" if names else "waiting for a worker"
-        delays = [delay for delays in self._putting_off.values() for delay in delays if delay.base_url in route]
+        delays = [delay for delays in self._putting_off.values() for delay in delays if delay.replica in route]
         if delays:
             return "; ".join(dict.fromkeys(delay.reason for delay in delays))
         return f"lines are with the engine ({', '.join(route)}), which has not answered one for {STALLED_S:.0f} s"

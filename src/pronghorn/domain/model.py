@@ -280,6 +280,11 @@ class Replica(msgspec.Struct, frozen=True):
     api_key_env: str | None = None
     sharers: int = 1
 
+    @property
+    def name(self) -> str:
+        """What tells it from others, and for people: one URL with two keys is two replicas."""
+        return self.base_url if self.api_key_env is None else f"{self.base_url} with {self.api_key_env}"
+
     def share(self, index: int, workers: int) -> Replica | None:
         """Return the replica as one of so many workers may use it, its stated window divided; None where none is left.
 

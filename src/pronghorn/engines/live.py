@@ -81,8 +81,8 @@ class LiveAnswer:
 class _Way:
     """The way to one replica: its connections and how many live requests are on it."""
 
-    def __init__(self, base_url: str, client: EngineClient) -> None:
-        self.base_url = base_url
+    def __init__(self, replica: str, client: EngineClient) -> None:
+        self.replica = replica
         self.client = client
         self.in_flight = 0
         # The most since room was last settled, and how many the workers leave room for.
@@ -95,7 +95,7 @@ class _Way:
 class Relay:
     """Passes single requests to the replica that has the fewest of them; build it in a running loop.
 
-    `leave_room` is told how many live requests to leave room for, by the base URL of the replica that they go to.
+    `leave_room` is told how many live requests to leave room for, by the name of the replica that they go to.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Relay:
         self._in_flight_max = in_flight_max
         self._linger_s = linger_s
         self._in_flight = 0
-        self._ways: dict[tuple[str, str | None], _Way] = {}
+        self._ways: dict[str, _Way] = {}
         self._settling: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         engines.on_change(self._drop_gone)
@@ -185,17 +185,17 @@ class Relay:
             yield best
 
     def _way(self, replica: Replica) -> _Way:
-        key = _key(replica)
+        key = replica.name
         if key not in self._ways:
             api_key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
             headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
             client = EngineClient(replica.base_url, headers=headers, timeouts=self._timeouts)
-            self._ways[key] = _Way(replica.base_url, client)
+            self._ways[key] = _Way(key, client)
         return self._ways[key]
 
     def _drop_gone(self) -> None:
         """Close the ways to replicas that are no more."""
-        gone = self._ways.keys() - {_key(replica) for replica in self._engines.replicas()}
+        gone = self._ways.keys() - {replica.name for replica in self._engines.replicas()}
         for key in gone:
             closing = self._loop.create_task(self._ways.pop(key).client.close())
             self._closing.add(closing)
@@ -229,16 +229,12 @@ class Relay:
             self._settle_later()
 
     def _announce(self) -> None:
-        self._leave_room({way.base_url: way.announced for way in self._ways.values() if way.announced})
+        self._leave_room({way.replica: way.announced for way in self._ways.values() if way.announced})
         self._settle_later()
 
     def _settle_later(self) -> None:
         if self._settling is None:
             self._settling = self._loop.call_later(self._linger_s, self._settle)
-
-
-def _key(replica: Replica) -> tuple[str, str | None]:
-    return replica.base_url, replica.api_key_env
 
 
 def _is_passed_on(name: bytes) -> bool:

@@ -142,7 +142,7 @@ class Dispatcher:
         self.fill()
 
     def leave_room(self, live: dict[str, int]) -> None:
-        """Leave room in the windows for so many live requests at each base URL."""
+        """Leave room in the windows for so many live requests at each replica, by name."""
         self._lanes.leave_room(live)
         self.fill()
 
@@ -293,7 +293,7 @@ class Dispatcher:
 
         An engine that puts every line off gets no more than probes while another does not.
         """
-        line.failed_at |= {lane.replica.base_url}
+        line.failed_at |= {lane.replica.name}
         lane.failures_in_a_row += again.costs_attempt
         lane.put_off_in_a_row += 1
         lane.complaint = retry.complaint(answer, again)
@@ -573,7 +573,7 @@ class Dispatcher:
         self._report(Moved(shards, paused, [delay for lane in self._lanes for delay in lane.putting_off()]))
 
     def _paused(self, lane: Lane) -> list[Paused]:
-        return lane.paused() if self._full is None else [Paused(lane.replica.base_url, None, self._full)]
+        return lane.paused() if self._full is None else [Paused(lane.replica.name, None, self._full)]
 
     # Plumbing
 

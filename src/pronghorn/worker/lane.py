@@ -134,13 +134,13 @@ class Lane:
 
     def paused(self) -> list[Paused]:
         """Return what is paused here and why."""
-        url = self.replica.base_url
+        name = self.replica.name
         found = [(None, self.breaker), *((model, absence.breaker) for model, absence in self.absent.items())]
-        return [Paused(url, model, breaker.reason) for model, breaker in found if breaker.reason is not None]
+        return [Paused(name, model, breaker.reason) for model, breaker in found if breaker.reason is not None]
 
     def putting_off(self) -> list[Paused]:
         """Return why lines have to be tried again, if that is what came last."""
-        return [Paused(self.replica.base_url, None, self.complaint)] if self.put_off_in_a_row else []
+        return [Paused(self.replica.name, None, self.complaint)] if self.put_off_in_a_row else []
 
     def _room_beyond_breakers(self, now: float, model: str) -> int:
         absence = self.absent.get(model)

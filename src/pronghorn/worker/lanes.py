@@ -59,10 +59,10 @@ class Lanes:
         return list(kept.values())
 
     def leave_room(self, live: dict[str, int]) -> None:
-        """Leave room in the windows for so many live requests at each base URL."""
+        """Leave room in the windows for so many live requests at each replica, by name."""
         self._live = live
         for lane in self._lanes:
-            lane.live = live.get(lane.replica.base_url, 0)
+            lane.live = live.get(lane.replica.name, 0)
 
     def roomiest(self, run: ShardRun, now: float, waiting: int) -> Lane | None:
         """Return the replica with most room for the run's next line, while so many lines wait to be tried again.
@@ -93,9 +93,7 @@ class Lanes:
     def can_go_elsewhere(self, line: Line) -> bool:
         """Tell whether a replica that has not failed the line serves lines like it."""
         run, failed_at = line.run, line.failed_at
-        return any(
-            lane.replica.base_url not in failed_at and lane.serves(run.endpoint, run.model) for lane in self._lanes
-        )
+        return any(lane.replica.name not in failed_at and lane.serves(run.endpoint, run.model) for lane in self._lanes)
 
     def another_serves(self, lane: Lane, run: ShardRun) -> bool:
         """Tell whether another replica than this one serves the run's lines."""
@@ -108,7 +106,7 @@ class Lanes:
 
     def _is_shunned(self, lane: Lane, line: Line) -> bool:
         """Tell whether a line has failed here and can still be tried at another replica."""
-        return lane.replica.base_url in line.failed_at and self.can_go_elsewhere(line)
+        return lane.replica.name in line.failed_at and self.can_go_elsewhere(line)
 
     def _open(self, replica: Replica) -> Lane:
         key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
@@ -125,6 +123,6 @@ class Lanes:
         return lane
 
 
-def _way(replica: Replica) -> tuple[str, str | None, int | None]:
+def _way(replica: Replica) -> tuple[str, int | None]:
     """What a lane's connections and window hang on."""
-    return replica.base_url, replica.api_key_env, replica.window
+    return replica.name, replica.window

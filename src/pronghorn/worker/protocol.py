@@ -48,7 +48,7 @@ class Close(msgspec.Struct, tag=True, frozen=True):
 
 
 class LeaveRoom(msgspec.Struct, tag=True, frozen=True):
-    """Leave room for so many live requests at each replica, by base URL, until the next such order."""
+    """Leave room for so many live requests at each replica, by name, until the next such order."""
 
     live: dict[str, int]
 
@@ -79,9 +79,9 @@ class ShardProgress(msgspec.Struct, frozen=True):
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """A replica that gets no lines for now, or none that name `model`, and why."""
+    """A replica, by name, that gets no lines for now, or none that name `model`, and why."""
 
-    base_url: str
+    replica: str
     model: str | None
     reason: str
 
