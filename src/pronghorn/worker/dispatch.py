@@ -22,7 +22,7 @@ from pronghorn.domain.answers import Answer, Fault
 from pronghorn.domain.breaker import Breaker
 from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX, Casualty
 from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
-from pronghorn.errors import Damaged, NotStored, StorageError, is_full, unreachable
+from pronghorn.errors import StorageError, is_full, is_out_of_files, unreachable
 from pronghorn.limits import KIB, MIB
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.room import Room
@@ -544,12 +544,15 @@ class Dispatcher:
                     run.durable, run.moved = tally, True
                     if over:
                         await self._finish(run, segment)
-                except (Damaged, NotStored) as error:
+                except StorageError as error:
                     self._drop(run, str(error))
                 except OSError as error:
-                    if not is_full(error):
+                    if is_out_of_files(error):
+                        self._drop(run, f"its parts cannot be stored now: {error.strerror}")
+                    elif is_full(error):
+                        self._full = DISK_FULL
+                    else:
                         raise
-                    self._full = DISK_FULL
         self.fill()
 
     async def _progress_loop(self) -> None:
