@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from pronghorn.clock import Clock
 from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Route
@@ -56,6 +57,15 @@ STALLED_S = 10.0
 NO_ENGINE: Route = ()
 # A shard that the disk refused is not handed out again at once, and others go before it meanwhile.
 BROKEN_WAIT_S = 5.0
+# An input that cannot be read is read from its beginning each time, and others are validated meanwhile.
+VALIDATION_WAIT_S_MAX = 300.0
+
+
+class _Postponed(NamedTuple):
+    """A validation that failed for reasons that are not the input's: how often in a row, and until when it waits."""
+
+    times: int
+    until: float
 
 
 @dataclass(slots=True)
@@ -130,7 +140,7 @@ class Coordinator:
         ]
         self._open: dict[str, _Open] = {}
         self._planning: dict[str, asyncio.Task[None]] = {}
-        self._planning_held_until = 0.0
+        self._postponed: dict[str, _Postponed] = {}
         self._paused: dict[CrewMember, list[Paused]] = {}
         self._putting_off: dict[CrewMember, list[Paused]] = {}
         self._shares: dict[Route, FairShare] = {}
@@ -303,6 +313,8 @@ class Coordinator:
                 log.info("changed meanwhile, looked at again soon: %s", fenced)
         for batch_id in self._open.keys() - {state.id for state in states}:
             del self._open[batch_id]
+        for batch_id in self._postponed.keys() - {state.id for state in states}:
+            del self._postponed[batch_id]
         await self._hand_out()
         await self._show_progress()
 
@@ -311,7 +323,7 @@ class Coordinator:
         if self._is_due(state):
             return True
         if state.status is BatchStatus.VALIDATING:
-            return not self._planning and self._clock.monotonic() >= self._planning_held_until
+            return self._may_plan(state.id)
         opened = self._open.get(state.id)
         if opened is None or opened.unfinished == 0 or opened.aside or opened.held_back:
             return True
@@ -348,18 +360,43 @@ class Coordinator:
         status = BatchStatus.EXPIRED if validating else BatchStatus.FINALIZING
         return await self._metadata.advance(batch, status, self._clock.now(), closing=Closing.EXPIRED)
 
+    def _may_plan(self, batch_id: str) -> bool:
+        """Validate one batch at a time: it takes a core, and the order of creation is kept but for those that wait."""
+        postponed = self._postponed.get(batch_id)
+        return not self._planning and (postponed is None or self._clock.monotonic() >= postponed.until)
+
     def _start_planning(self, batch: Batch) -> None:
-        """Validate one batch at a time: it takes a core, and the order of creation is kept."""
-        if not self._planning and self._clock.monotonic() >= self._planning_held_until:
-            task = asyncio.create_task(self._planner.validate(batch))
+        if self._may_plan(batch.id):
+            task = asyncio.create_task(self._plan(batch))
             self._planning[batch.id] = task
             task.add_done_callback(lambda _: self._planned(batch.id))
 
+    async def _plan(self, batch: Batch) -> None:
+        """Validate a batch; one that cannot be validated now waits, and says why, while others go on."""
+        try:
+            await self._planner.validate(batch)
+        except StorageError as error:
+            log.error("%s cannot be validated now: %s", batch.id, error)
+            await self._postpone(batch, str(error))
+        except Exception:
+            log.exception("%s cannot be validated now", batch.id)
+            await self._postpone(batch, "an error of the server itself, which its log describes")
+        else:
+            self._postponed.pop(batch.id, None)
+
+    async def _postpone(self, batch: Batch, reason: str) -> None:
+        times = self._postponed.get(batch.id, _Postponed(0, 0.0)).times + 1
+        wait_s = min(VALIDATION_WAIT_S_MAX, BROKEN_WAIT_S * 2 ** min(times - 1, 10))
+        self._postponed[batch.id] = _Postponed(times, self._clock.monotonic() + wait_s)
+        since = (batch.progress and batch.progress.stalled_since) or self._clock.now()
+        shown = Progress(reason=f"the input cannot be validated now: {reason}", stalled_since=since)
+        try:
+            await self._metadata.record_progress([(batch.id, Tally(), shown)])
+        except StorageError as error:
+            log.error("why %s waits cannot be shown: %s", batch.id, error)
+
     def _planned(self, batch_id: str) -> None:
-        task = self._planning.pop(batch_id)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("%s cannot be validated now: %s", batch_id, error, exc_info=error)
-            self._planning_held_until = self._clock.monotonic() + BROKEN_WAIT_S
+        del self._planning[batch_id]
         self._batch_ended()  # which is so if it failed
         self.wake()
 

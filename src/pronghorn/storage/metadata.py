@@ -251,13 +251,13 @@ class Metadata:
         await self._database.write(write)
 
     async def record_progress(self, shown: Sequence[tuple[str, Tally, Progress]]) -> None:
-        """Show how far running batches are, how fast they move, and why they do not if they do not."""
-        running = [BatchStatus.IN_PROGRESS.value, BatchStatus.FINALIZING.value, BatchStatus.CANCELLING.value]
+        """Show how far open batches are, how fast they move, and why they do not if they do not."""
+        ended = [status.value for status in TERMINAL]
 
         def write(connection: sa.Connection) -> None:
             for batch_id, tally, progress in shown:
                 values = {**_tally_values(tally), "progress": msgspec.json.encode(progress)}
-                here = batches.c.id == batch_id, batches.c.status.in_(running)
+                here = batches.c.id == batch_id, batches.c.status.not_in(ended)
                 connection.execute(batches.update().where(*here).values(**values))
 
         await self._database.write(write)
@@ -421,6 +421,8 @@ def _advance(connection: sa.Connection, batch: Batch, status: BatchStatus, now: 
     invariant(may_follow(batch.status, status), f"a batch does not go from {batch.status} to {status}")
     expected = batches.c.id == batch.id, batches.c.status == batch.status.value
     values |= {"status": status.value, stamp_of(status): now}
+    if batch.status is BatchStatus.VALIDATING:
+        values["progress"] = None  # why it could not be validated before
     if connection.execute(batches.update().where(*expected).values(**values)).rowcount != 1:
         raise Fenced(f"{batch.id} is no longer {batch.status}")
     enqueue_event(connection, batch, status, now)
