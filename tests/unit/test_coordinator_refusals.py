@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pronghorn.domain.model import (
     File,
     Job,
     Parts,
+    Progress,
     Replica,
     Shard,
     ShardKey,
@@ -39,6 +41,7 @@ from pronghorn.domain.model import (
 )
 from pronghorn.domain.planning import Plan, PlannedShard
 from pronghorn.engines.base import Engine, EnginePool, ModelInfo
+from pronghorn.errors import StorageError, StorageFull
 from pronghorn.executors.base import Executor
 from pronghorn.executors.local import LocalExecutor
 from pronghorn.ids import RandomIds
@@ -47,7 +50,7 @@ from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata, OpenState
 from pronghorn.storage.segments import Segments
-from pronghorn.worker.protocol import Assign, Configure, Done, Order, Ready, Report, Stop
+from pronghorn.worker.protocol import Assign, Configure, Done, Moved, Order, Ready, Report, ShardProgress, Stop
 
 
 class Refusing(Metadata):
@@ -261,3 +264,116 @@ async def test_a_batch_whose_input_cannot_be_read_waits_and_says_why_while_other
         await asyncio.to_thread(unreadable.rmdir)
         failed = await status_of("unreadable", BatchStatus.FAILED)
         assert failed.progress is None
+
+
+async def test_shards_of_a_worker_that_dies_while_the_database_refuses_go_to_the_next(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BROKEN_WAIT_S", 0.01)
+    metadata, links = Refusing(database, releases=[StorageFull("no room"), StorageError("locked")]), Links()
+    await add_batch(metadata, "1", lines=1)
+    async with at_work(await coordinator(metadata, database, tmp_path, engines=[OneReplica()], executor=links)):
+        first = await links.started.get()
+        assert (await first.orders.get()).shard.epoch == 1
+        first.die()
+        assert (await (await links.started.get()).orders.get()).shard.epoch == 2
+
+
+async def test_a_shard_whose_originals_cannot_be_looked_up_is_given_out_later(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BROKEN_WAIT_S", 0.01)
+    metadata, links = Refusing(database, lookups=[StorageError("locked")]), Links()
+    copying = Originals(array("Q", [0, 0, 1]), 1)
+    await add_batch(metadata, "1", lines=2, originals=copying)
+    async with at_work(await coordinator(metadata, database, tmp_path, engines=[OneReplica()], executor=links)):
+        link = await links.started.get()
+        given = [(await link.orders.get()).shard for _ in range(2)]
+        assert [(shard.key.position, shard.epoch) for shard in given] == [(0, 1), (1, 2)]
+
+
+async def test_a_shard_that_a_workers_successor_was_given_stays_with_it(database: Database, tmp_path: Path) -> None:
+    links, ended = Links(), asyncio.Event()
+    successors: asyncio.Queue[Link] = asyncio.Queue()
+
+    class Slow(Metadata):
+        """Claims a shard for the first worker and takes so long that its successor is there."""
+
+        async def claim_shard(self, batch_id: str) -> Shard | None:
+            shard = await super().claim_shard(batch_id)
+            if shard is not None:
+                first.die()
+                second = await links.started.get()
+                await second.heard.wait()
+                successors.put_nowait(second)
+            return shard
+
+    metadata = Slow(database)
+    coordinating = await coordinator(
+        metadata, database, tmp_path, engines=[OneReplica()], executor=links, batch_ended=ended.set
+    )
+    async with at_work(coordinating):
+        first = await links.started.get()
+        await add_batch(metadata, "1", lines=1)
+        coordinating.wake()
+        second = await successors.get()
+        second.say(done((await second.orders.get()).shard))
+        await ended.wait()
+    assert (await found(metadata, "batch_1")).status is BatchStatus.COMPLETED
+
+
+async def test_a_shard_that_was_claimed_for_a_worker_that_is_gone_goes_to_the_next(
+    database: Database, tmp_path: Path
+) -> None:
+    links = Links()
+
+    class Slow(Metadata):
+        """Claims a shard for the first worker and takes so long that it is gone."""
+
+        async def claim_shard(self, batch_id: str) -> Shard | None:
+            shard = await super().claim_shard(batch_id)
+            first.die()
+            await first.ended.wait()
+            return shard
+
+    metadata = Slow(database)
+    coordinating = await coordinator(metadata, database, tmp_path, engines=[OneReplica()], executor=links)
+    async with at_work(coordinating):
+        first = await links.started.get()
+        await add_batch(metadata, "1", lines=1)
+        coordinating.wake()
+        assert (await (await links.started.get()).orders.get()).shard.epoch == 2
+
+
+async def test_what_has_moved_waits_as_one_report_while_the_database_refuses(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BROKEN_WAIT_S", 0.01)
+    room, asked, all_counted = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Stuck(Metadata):
+        async def commit_shard(self, key: ShardKey, epoch: int, result: ShardResult) -> None:
+            asked.set()
+            if not room.is_set():
+                raise StorageFull("no room")
+            await super().commit_shard(key, epoch, result)
+
+        async def record_progress(self, shown: Sequence[tuple[str, Tally, Progress]]) -> None:
+            if any(tally.completed == 101 for _, tally, _ in shown):
+                all_counted.set()
+
+    metadata, links = Stuck(database), Links()
+    await add_batch(metadata, "1", lines=2)
+    coordinating = await coordinator(metadata, database, tmp_path, engines=[OneReplica()], executor=links)
+    async with at_work(coordinating):
+        link = await links.started.get()
+        first, second = [(await link.orders.get()).shard for _ in range(2)]
+        link.say(done(first))
+        await asked.wait()
+        for completed in range(1, 101):
+            link.say(Moved([ShardProgress(second.key, second.epoch, Tally(completed))], []))
+        link.say(Moved([], []))
+        await link.silent.wait()
+        assert coordinating.backlog <= 2
+        room.set()
+        await all_counted.wait()

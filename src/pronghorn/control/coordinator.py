@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from pronghorn.clock import Clock
 from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Route
 from pronghorn.control.finalizer import Finalizer
@@ -66,6 +68,14 @@ class _Postponed(NamedTuple):
 
     times: int
     until: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsent:
+    """A shard that was claimed and then sent to no worker."""
+
+    key: ShardKey
+    epoch: int
 
 
 @dataclass(slots=True)
@@ -133,9 +143,10 @@ class Coordinator:
         self._finalizer = finalizer
         self._clock = clock
         self._batch_ended = batch_ended
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | _Unsent | None] = asyncio.Queue()
+        self._moved: dict[CrewMember, Moved] = {}
         self._crew = [
-            CrewMember(executor, configure, partial(self._share_of_replicas, index), self._events.put_nowait)
+            CrewMember(executor, configure, partial(self._share_of_replicas, index), self._take)
             for index in range(workers)
         ]
         self._open: dict[str, _Open] = {}
@@ -149,12 +160,18 @@ class Coordinator:
 
     def wake(self) -> None:
         """Look for new work now rather than at the next tick."""
-        self._events.put_nowait(None)
+        if self._events.empty():  # whatever else is there has the same effect
+            self._events.put_nowait(None)
 
     def leave_room(self, live: Mapping[str, int]) -> None:
         """Make the workers leave room for so many live requests at each replica, by name."""
         for member in self._crew:
             member.leave_room(live)
+
+    @property
+    def backlog(self) -> int:
+        """How many events wait to be handled."""
+        return self._events.qsize()
 
     def stop(self, drain_s: float) -> None:
         """Send no further line, let those in flight finish for up to `drain_s`, and make `run` return."""
@@ -186,6 +203,16 @@ class Coordinator:
 
     # Events
 
+    def _take(self, event: Event) -> None:
+        """Queue what a worker says; of what has moved there is one report a worker, however long the queue waits."""
+        match event:
+            case Reported(member, Moved() as moved):
+                waiting = self._moved.get(member)
+                self._moved[member] = moved if waiting is None else moved.after(waiting)
+                if waiting is not None:
+                    return
+        self._events.put_nowait(event)
+
     async def _take_events(self) -> None:
         """Handle everything that has been reported, after waiting up to a tick for something to be."""
         try:
@@ -197,7 +224,7 @@ class Coordinator:
         while not self._events.empty():
             await self._insist(self._events.get_nowait())
 
-    async def _insist(self, event: Event | None) -> None:
+    async def _insist(self, event: Event | _Unsent | None) -> None:
         """Handle an event, again and again while the database refuses: nothing that was reported is dropped."""
         while True:
             try:
@@ -210,15 +237,18 @@ class Coordinator:
             else:
                 return
 
-    async def _handle(self, event: Event | None) -> None:
+    async def _handle(self, event: Event | _Unsent | None) -> None:
         match event:
             case Reported(member, report):
                 await self._handle_report(member, report)
-            case Gone(member):
+            case Gone(member, held):
                 self._paused.pop(member, None)
                 self._putting_off.pop(member, None)
-                for key, held in list(member.held.items()):
-                    await self._take_back(member, key, held.epoch)
+                for key in list(held):
+                    await self._release(key, held[key].epoch)
+                    del held[key]  # not before: while the database refuses, this is tried again
+            case _Unsent(key, epoch):
+                await self._release(key, epoch)
 
     async def _handle_report(self, member: CrewMember, report: Report) -> None:
         match report:
@@ -227,7 +257,8 @@ class Coordinator:
             case Sent(key, epoch):
                 if (held := member.held.get(key)) and held.epoch == epoch:
                     held.sent = True
-            case Moved(shards, paused, putting_off):
+            case Moved():
+                shards, paused, putting_off = msgspec.structs.astuple(self._moved.pop(member))
                 self._paused[member], self._putting_off[member] = paused, putting_off
                 for shard in shards:
                     held = member.held.get(shard.key)
@@ -278,10 +309,6 @@ class Coordinator:
             if held.until <= now:
                 await self._release(key, held.epoch)
                 del batch.held_back[key]
-
-    async def _take_back(self, member: CrewMember, key: ShardKey, epoch: int) -> None:
-        member.held.pop(key, None)
-        await self._release(key, epoch)
 
     async def _release(self, key: ShardKey, epoch: int) -> None:
         await self._metadata.release_shard(key, epoch)
@@ -475,10 +502,17 @@ class Coordinator:
                 batch.waiting = False
                 continue
             share.charge(candidate, shard.lines)
-            member.held[shard.key] = Held(shard.epoch, route)
-            model = batch.batch.model or ""
-            originals = await self._originals(shard)
-            member.send(Assign(shard, batch.blobs, batch.batch.endpoint, model, batch.batch.closing, originals))
+            try:
+                originals = await self._originals(shard)
+            except StorageError:
+                self._events.put_nowait(_Unsent(shard.key, shard.epoch))
+                raise
+            if member.ready:
+                member.held[shard.key] = Held(shard.epoch, route)
+                model = batch.batch.model or ""
+                member.send(Assign(shard, batch.blobs, batch.batch.endpoint, model, batch.batch.closing, originals))
+            else:  # it has gone meanwhile
+                self._events.put_nowait(_Unsent(shard.key, shard.epoch))
             return
 
     async def _originals(self, shard: Shard) -> dict[int, Parts]:

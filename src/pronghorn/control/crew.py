@@ -46,9 +46,10 @@ class Reported:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A worker ended; its shards need another."""
+    """A worker ended; the shards that it held need another."""
 
     member: CrewMember
+    held: dict[ShardKey, Held]
 
 
 Event = Reported | Gone
@@ -129,10 +130,11 @@ class CrewMember:
         finally:
             watching.cancel()
             self._link = None
-            self.ready = False
+            # Whatever follows may be given shards before anyone hears of this one's end.
+            self.ready, held, self.held = False, self.held, {}
             if await link.end() == durable.EXIT_DISK_FAILED:
                 durable.end_with_worker()
-            self._post(Gone(self))
+            self._post(Gone(self, held))
         return finished or asyncio.get_running_loop().time() - started >= WORKS_AFTER_S
 
     async def _watch(self, link: WorkerLink) -> None:

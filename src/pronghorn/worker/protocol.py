@@ -93,6 +93,11 @@ class Moved(msgspec.Struct, tag=True, frozen=True):
     paused: list[Paused]
     putting_off: list[Paused] = []
 
+    def after(self, earlier: Moved) -> Moved:
+        """Return one report that says what both say."""
+        shards = {(shard.key, shard.epoch): shard for shard in (*earlier.shards, *self.shards)}
+        return Moved(list(shards.values()), self.paused, self.putting_off)
+
 
 class Done(msgspec.Struct, tag=True, frozen=True):
     """Every line of the shard has its outcome, and the parts are stored."""
