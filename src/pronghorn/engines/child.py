@@ -7,6 +7,7 @@ ends when its standard input closes. Whatever else it prints goes to stderr.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -25,6 +26,8 @@ log = logging.getLogger("pronghorn.child")
 
 LOAD_TIMEOUT_S = 300.0
 RESTART_WAIT_S_MAX = 30.0
+# Further ones change no wait, and a number of thousands of bits is none.
+FAILURES_COUNTED_MAX = 10
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -62,23 +65,27 @@ class ChildServer:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()  # it holds nothing that could be lost
-            await self._process.wait()
+            await _end(self._process)  # it holds nothing that could be lost
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        failures = 0
         while True:
             status = await process.wait()
             self.ready, self.trouble = False, f"{self._engine} ended with status {status} and is being restarted"
             log.error("%s: %s", self._model, self.trouble)
+            process = await self._replacement()
+
+    async def _replacement(self) -> asyncio.subprocess.Process:
+        """Start the child again, after waits that grow, until it answers."""
+        failures = 0
+        while True:
             await asyncio.sleep(min(RESTART_WAIT_S_MAX, 0.1 * 2**failures))
             try:
-                process = self._process = await self._spawn()
-                failures = 0
-            except EngineError as error:
-                failures += 1
+                self._process = await self._spawn()
+                return self._process
+            except (EngineError, OSError) as error:
+                failures = min(failures + 1, FAILURES_COUNTED_MAX)
                 self.trouble = str(error)
-                log.error("%s", error)
+                log.error("%s: %s", self._model, self.trouble)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
@@ -91,20 +98,24 @@ class ChildServer:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 line = await process.stdout.readline() if process.stdout else b""
         except TimeoutError as error:
-            process.kill()
-            await process.wait()
+            await _end(process)
             raise EngineError(f"{self._engine} has not loaded {self._model} in {LOAD_TIMEOUT_S:.0f} s") from error
         except asyncio.CancelledError:
-            process.kill()
-            await process.wait()
+            await _end(process)
             raise
         if line != b"READY\n":
-            process.kill()
-            await process.wait()
+            await _end(process)
             reason = line.decode(errors="replace").removeprefix("FAILED ").strip() or "it ended while loading"
             raise EngineError(f"{self._engine} cannot run {self._model}: {reason}")
         self.ready, self.trouble = True, None
         return process
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill a child that may have ended already."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
 
 
 def cores() -> int:

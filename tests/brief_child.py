@@ -1,0 +1,3 @@
+"""A child of `engines.child.ChildServer` that is ready and gone."""
+
+print("READY", flush=True)
