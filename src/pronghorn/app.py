@@ -25,7 +25,7 @@ _COMPLETE_UPLOAD = re.compile(r"/v1/uploads/[^/]+/complete")
 
 def create_app(system: System, settings: Settings) -> FastAPI:
     """Return the ASGI application over a running system."""
-    app = FastAPI(
+    app = _App(
         title="Pronghorn",
         version=pronghorn.__version__,
         redirect_slashes=False,
@@ -59,8 +59,14 @@ def create_app(system: System, settings: Settings) -> FastAPI:
         return {"status": "ok"}
 
     app.add_middleware(_BodyLimit)
-    app.add_middleware(_RequestId)
     return app
+
+
+class _App(FastAPI):
+    """An app all of whose answers have an id; to a bug the framework answers from outside of any middleware."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return _RequestId(super().build_middleware_stack())
 
 
 class _RequestId:
