@@ -56,7 +56,7 @@ def run(
     upstream: Upstream = None,
     config: Config = None,
     data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the run's state lives until it has ended.")
+        Path | None, typer.Option(metavar="DIR", help="Where the run's files live until it has ended.")
     ] = None,
 ) -> None:
     """Run one file without a server; after an interruption the same command goes on where it stopped.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -30,7 +31,7 @@ from pronghorn.domain.model import (
     File,
     Job,
 )
-from pronghorn.errors import UsageError, invariant
+from pronghorn.errors import Fenced, StorageError, UsageError, invariant
 from pronghorn.limits import FILE_CHUNK_BYTES
 from pronghorn.settings import Settings, default_data_dir
 from pronghorn.storage.durable import sync_directory
@@ -104,6 +105,7 @@ async def _run(paths: Paths, settings: Settings, deduplicate: bool) -> int:
             return STOPPED
         status = await _deliver(system, batch, paths)
         state.unlink()
+        await _forget(system, batch)
         return status
 
 
@@ -137,11 +139,17 @@ def _read_state(state: Path) -> _Unfinished | None:
 
 
 async def _give_up_others(system: System, resumed: Batch | None) -> None:
-    """Cancel what a run of another input left unfinished here: nobody waits for it."""
+    """Cancel what a run of another input left unfinished here: nobody waits for it. Other jobs' batches stay."""
+    batch: Batch | None
     for batch in await system.metadata.open_batches():
-        if (resumed is None or batch.id != resumed.id) and may_follow(batch.status, BatchStatus.CANCELLING):
-            now = system.clock.now()
-            await system.metadata.advance(batch, BatchStatus.CANCELLING, now, closing=Closing.CANCELLED)
+        if batch.job_id != JOB_ID or (resumed is not None and batch.id == resumed.id):
+            continue
+        while batch is not None and may_follow(batch.status, BatchStatus.CANCELLING):
+            try:
+                now = system.clock.now()
+                batch = await system.metadata.advance(batch, BatchStatus.CANCELLING, now, closing=Closing.CANCELLED)
+            except Fenced:  # the coordinator has moved it on meanwhile
+                batch = await system.metadata.batch(batch.id, DEFAULT_ACCOUNT)
     system.coordinator.wake()
 
 
@@ -290,6 +298,18 @@ async def _deliver(system: System, batch: Batch, paths: Paths) -> int:
         print(f"pronghorn: {batch.copies} lines were not run because earlier ones have their bodies", file=sys.stderr)
     print(f"pronghorn: {tally.completed} of {batch.total} lines succeeded: {paths.output}{where}", file=sys.stderr)
     return SOME_FAILED if unsuccessful else SUCCEEDED
+
+
+async def _forget(system: System, batch: Batch) -> None:
+    """Give back the room that a run has taken in a data directory that stays."""
+    for file_id in (batch.input_file_id, batch.output_file_id, batch.error_file_id):
+        if file_id is not None:
+            await system.files.delete(file_id, DEFAULT_ACCOUNT)
+    with contextlib.suppress(StorageError, OSError):  # what stays here now, the next start removes
+        while keys := await system.files.removals():
+            for key in keys:
+                await system.blobs.delete(key)
+            await system.files.removed(keys)
 
 
 async def _export(system: System, file_id: str | None, target: Path) -> None:
