@@ -34,7 +34,7 @@ class InputChecker:
     async def check(self, batch: Batch, census: Census | None = None) -> Plan | Rejection:
         """Check every line of a batch's input; `census`, if given, is filled with what there is to run."""
         file = await self._files.find(batch.input_file_id, batch.account_id)
-        if file is None:
+        if file is None or file.has_expired(batch.stamps.created_at):  # once the batch is made, the file stays for it
             return _missing(batch)
         if file.purpose != "batch":
             return _wrong_purpose(file.id, file.purpose)

@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,42 @@ def test_a_run_of_an_edited_input_forgets_the_old_one(tmp_path: Path) -> None:
         assert second.returncode == 0, second.stderr
         assert engine.ledger()["requests"] == asked + 40
     assert out.read_bytes().count(b"new number") == 40
+
+
+def test_run_leaves_a_servers_data_directory_as_it_was(tmp_path: Path, engine: ScriptedProcess) -> None:
+    data, lines = tmp_path / "data", tmp_path / "in.jsonl"
+    lines.write_bytes(batch_input(5))
+    with Server(data, "--upstream", "http://127.0.0.1:9") as server:
+        waiting = server.create_batch(server.upload(batch_input(2)))
+    ran = pronghorn_command(
+        *("run", "-i", lines, "-o", tmp_path / "out.jsonl", "--data-dir", data, "--upstream", engine.base_url),
+        home=tmp_path,
+    )
+    assert ran.returncode == 0, ran.stderr
+    with Server(data, "--upstream", engine.base_url) as server:
+        assert server.await_batch(waiting["id"])["status"] == "completed"
+        stored = server.http.get("/v1/files", params={"purpose": "batch"}).json()["data"]
+        assert [file["id"] for file in stored] == [waiting["input_file_id"]]
+    assert len(list((data / "blobs/files").iterdir())) == 1
+
+
+def test_commands_say_what_answers_instead_of_a_server(tmp_path: Path) -> None:
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(502)
+            self.end_headers()
+            self.wfile.write(b"<html>bad gateway</html>")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{proxy.server_port}"
+        jobs = pronghorn_command("jobs", "list", "--base-url", url, home=tmp_path)
+        proxy.shutdown()
+    assert jobs.returncode == 1
+    assert jobs.stderr == f"pronghorn: no Pronghorn answers at {url}: 502 Bad Gateway\n"
+
+
+def test_models_of_a_configuration_are_shown_without_a_word_of_servers(tmp_path: Path, engine: ScriptedProcess) -> None:
+    models = pronghorn_command("models", "--upstream", engine.base_url, home=tmp_path)
+    assert (models.returncode, models.stderr) == (0, "")
+    assert "scripted" in models.stdout

@@ -6,10 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from pronghorn.checking import InputChecker
 from pronghorn.control.maintenance import Maintenance
 from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File, Job
+from pronghorn.domain.planning import Rejection
+from pronghorn.engines.base import EnginePool
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.uploads import Uploads
@@ -116,3 +120,23 @@ async def test_one_blob_that_cannot_be_removed_holds_up_no_other(
     assert await world.files.removals() == ["parts/a-1"]
     assert "cannot be removed" in caplog.text
     assert not (world.blobs_dir / "parts" / "b-2").exists()
+
+
+async def test_a_file_whose_time_is_over_is_listed_no_more_and_no_input_of_a_new_batch(world: World) -> None:
+    lasting, over = await add(world, "lasting"), await add(world, "over", expires_at=START + 10)
+    checker = InputChecker(world.files, world.blobs, EnginePool([]), line_bytes_max=1024)
+    batch = await add_batch(world, over)
+
+    async def listed(now: int) -> list[File]:
+        page = await world.files.page(ACCOUNT, now, purpose=None, limit=10, after=None, newest_first=False)
+        return page.files if page else []
+
+    async def param_of_problem(created_at: int) -> str | None:
+        found = await checker.check(msgspec.structs.replace(batch, stamps=BatchStamps(created_at)))
+        assert isinstance(found, Rejection)
+        return found.problems[0].param
+
+    assert await listed(START + 9) == [lasting, over]
+    assert await listed(START + 10) == [lasting]
+    assert await param_of_problem(START + 9) != "file_id", "its batch keeps it"
+    assert await param_of_problem(START + 10) == "file_id"

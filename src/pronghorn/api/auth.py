@@ -5,6 +5,6 @@ from __future__ import annotations
 from pronghorn.domain.model import DEFAULT_ACCOUNT
 
 
-def caller() -> str:
+async def caller() -> str:
     """Return the account of the request; any Authorization header is accepted."""
     return DEFAULT_ACCOUNT

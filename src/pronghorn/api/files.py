@@ -57,7 +57,9 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
     ) -> wire.FileList:
         """Return a page of files, newest first unless asked otherwise."""
         newest_first = order == "desc"
-        page = await files.page(account_id, purpose=purpose, limit=limit, after=after, newest_first=newest_first)
+        page = await files.page(
+            account_id, clock.now(), purpose=purpose, limit=limit, after=after, newest_first=newest_first
+        )
         if page is None:
             raise NotFound(f"No such File object: {after}", param="after")
         data = [wire.file_object(file) for file in page.files]
@@ -101,7 +103,7 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
 
     async def find(file_id: str, account_id: str) -> File:
         file = await files.find(file_id, account_id)
-        if file is None or (file.expires_at is not None and file.expires_at <= clock.now()):
+        if file is None or file.has_expired(clock.now()):
             raise NotFound(f"No such File object: {file_id}", param="id")
         return file
 

@@ -37,13 +37,15 @@ def show_jobs(base_url: str) -> None:
 
 def show_models(base_url: str, config: Path | None, upstream: list[str] | None) -> None:
     """Print what lines can name: what the server has, or without one what `serve` would start with."""
-    try:
-        if config is not None or upstream:
-            raise NoServer("asked about a configuration")
-        models = _ask(base_url, "GET", "/v1/models")["data"]
-    except NoServer:
+    if config is not None or upstream:
         models = asyncio.run(_configured(config, upstream))
-        Console(stderr=True).print(f"No server at {base_url}; this is what `pronghorn serve` would offer:", style="dim")
+    else:
+        try:
+            models = _ask(base_url, "GET", "/v1/models")["data"]
+        except NoServer:
+            models = asyncio.run(_configured(config, upstream))
+            would = f"No server at {base_url}; this is what `pronghorn serve` would offer:"
+            Console(stderr=True).print(would, style="dim")
     rows = [(m["id"], m["source"], "ready" if m["ready"] else m["detail"] or "not ready") for m in models]
     _print_table(("model", "from", "state"), rows)
 
@@ -68,9 +70,15 @@ def _ask(base_url: str, method: str, path: str, body: dict[str, Any] | None = No
         raise NoServer(f"no server answers at {base_url}; start one with `pronghorn serve`") from error
     except httpx2.HTTPError as error:
         raise ServerError(f"the server at {base_url} does not answer: {error}") from error
-    if answer.status_code != 200:
-        raise ServerError(answer.json()["error"]["message"])
-    return answer.json()
+    try:
+        content = answer.json()
+        if answer.status_code == 200:
+            return content
+        reason = content["error"]["message"]
+    except (ValueError, LookupError, TypeError) as error:
+        status = f"{answer.status_code} {answer.reason_phrase}"
+        raise ServerError(f"no Pronghorn answers at {base_url}: {status}") from error
+    raise ServerError(reason)
 
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -138,6 +138,10 @@ class File(msgspec.Struct, frozen=True):
     created_at: int
     expires_at: int | None = None
 
+    def has_expired(self, now: int) -> bool:
+        """Tell whether the file's time is over; it is gone for clients from that second on."""
+        return self.expires_at is not None and self.expires_at <= now
+
 
 class BatchStamps(msgspec.Struct, frozen=True):
     """When a batch entered each status, in Unix seconds; never cleared."""

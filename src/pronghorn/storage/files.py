@@ -48,12 +48,13 @@ class Files:
         return [BlobRef(key, size) for key, size in rows]
 
     async def page(
-        self, account_id: str, *, purpose: str | None, limit: int, after: str | None, newest_first: bool
+        self, account_id: str, now: int, *, purpose: str | None, limit: int, after: str | None, newest_first: bool
     ) -> FilePage | None:
-        """Return up to `limit` files after the one with id `after`; None if that is unknown."""
+        """Return up to `limit` files that live at `now`, after the one with id `after`; None if that is unknown."""
 
         def read(connection: sa.Connection) -> FilePage | None:
-            query = files.select().where(files.c.account_id == account_id)
+            lives = sa.or_(files.c.expires_at.is_(None), files.c.expires_at > now)
+            query = files.select().where(files.c.account_id == account_id, lives)
             if purpose is not None:
                 query = query.where(files.c.purpose == purpose)
             if after is not None:
