@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -59,7 +58,7 @@ class InputChecker:
             census=census,
         )
         try:
-            return await asyncio.to_thread(plan)
+            return await self._blobs.through_whole_files(plan)
         except NotStored:
             return _missing(batch)
         except Damaged as error:

@@ -32,7 +32,7 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
         """Store a file as it streams in, whatever its size."""
         file_id = ids.new("file-")
         key = f"files/{file_id}"
-        with blobs.writer(key) as writer:
+        async with blobs.writing(key) as writer:
             form = await multipart.receive(dict(request.headers), request.stream(), writer, file_field="file")
             purpose, filename = _checked(form, writer.bytes)
             life_s = _life_s(form.fields, batch_file_expires_s if purpose == "batch" else None)

@@ -151,7 +151,7 @@ def routes(
         headers = dict(request.headers)
         try:
             await uploads.begin_part(part, clock.now())
-            with await asyncio.to_thread(blobs.writer, part.key) as writer:
+            async with blobs.writing(part.key) as writer:
                 form = await multipart.receive(
                     headers, request.stream(), writer, file_field="data", file_bytes_max=UPLOAD_PART_BYTES_MAX
                 )
@@ -275,7 +275,7 @@ async def _md5(blobs: Blobs, refs: Sequence[BlobRef], size: int) -> str:
         return md5.hexdigest()
 
     try:
-        return await asyncio.to_thread(read)
+        return await blobs.through_whole_files(read)
     finally:
         abandoned.set()  # the thread outlives a cancelled request unless it is told
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from pronghorn.domain.model import BlobRef
 from pronghorn.errors import Damaged, NotStored, StorageError
@@ -17,9 +18,13 @@ from pronghorn.storage import durable
 from pronghorn.storage.checksums import BLOCK_BYTES, CHECKSUM_BYTES, Checksums, blocks_of, first_bad_block
 from pronghorn.storage.room import Room
 
+Result = TypeVar("Result")
+
 # How much is written between two looks at the room that is left, far less than the reserve; it then goes to the disk
 # while more comes.
 STRETCH_BYTES = 8 * MIB
+# Reading whole files takes minutes each; so many at once keep the disk and the cores busy.
+WHOLE_FILES_MAX = 4
 _UNFINISHED = ".part"
 
 
@@ -77,6 +82,10 @@ class BlobWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave nothing behind unless the blob is committed."""
         if self._renamed:
             return
         with contextlib.suppress(OSError):  # what is still buffered may find no room, and is not wanted
@@ -90,6 +99,23 @@ class Blobs:
     def __init__(self, directory: Path, room: Room | None = None) -> None:
         self._directory = directory
         self._room = room
+        self._whole_files = ThreadPoolExecutor(WHOLE_FILES_MAX, "whole-files")
+
+    async def through_whole_files(self, work: Callable[[], Result]) -> Result:
+        """Run `work`, which goes through whole files, on one of a few threads for that: nothing short waits behind it.
+
+        A caller that is cancelled does not end it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._whole_files, work)
+
+    @contextlib.asynccontextmanager
+    async def writing(self, key: str) -> AsyncIterator[BlobWriter]:
+        """Start a new blob as `writer` does, for a coroutine: beginning one, and dropping a large one, takes time."""
+        writer = await asyncio.to_thread(self.writer, key)
+        try:
+            yield writer
+        finally:
+            await asyncio.to_thread(writer.close)
 
     def writer(self, key: str) -> BlobWriter:
         """Start a new blob; it replaces one that is already under the key."""
