@@ -34,6 +34,7 @@ from pronghorn.domain.model import (
     Usage,
 )
 from pronghorn.domain.planning import Plan, PlannedShard
+from pronghorn.domain.validation import Problem
 from pronghorn.errors import Fenced, InvariantError, StorageError
 from pronghorn.storage import tables
 from pronghorn.storage.database import Database
@@ -575,3 +576,25 @@ async def test_jobs_of_the_same_second_keep_their_order(metadata: Metadata) -> N
     for name in names:
         await metadata.add_job(job(name=name, created_at=7))
     assert [found.name for found in await metadata.jobs(OURS)] == ["default", *names]
+
+
+async def test_a_listing_holds_the_first_problems_and_a_single_batch_all(metadata: Metadata) -> None:
+    found_problems = [Problem("invalid_type", "é" * 100, None, number)._asdict() for number in range(1, 2001)]
+    long = [Problem("model_not_found", "é" * 100_000, None, 1)._asdict()]
+    for name, problems in (("many", found_problems), ("few", found_problems[:3]), ("none", []), ("long", long)):
+        made = await metadata.add_batch(batch(name))
+        await metadata.advance(made, S.FAILED, 11, problems=msgspec.json.encode(problems))
+    await metadata.add_batch(batch("sound"))
+    page = await metadata.list_batches(OURS, limit=10)
+    assert page is not None
+    listed = {each.id: each.problems and msgspec.json.decode(each.problems) for each in page.batches}
+    assert listed == {
+        "batch_many": found_problems[:100],
+        "batch_few": found_problems[:3],
+        "batch_none": [],
+        "batch_long": [],
+        "batch_sound": None,
+    }
+    everything = (await found(metadata, "batch_many")).problems
+    assert everything is not None
+    assert msgspec.json.decode(everything) == found_problems

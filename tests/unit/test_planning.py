@@ -248,3 +248,13 @@ def test_memory_does_not_grow_with_the_number_of_duplicates(monkeypatch: pytest.
         tracemalloc.stop()
     assert rejected.unlisted == 4989  # type: ignore[union-attr]
     assert peak < 1_000_000
+
+
+def test_of_many_problems_the_first_are_listed_and_the_rest_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "PROBLEMS_LISTED_MAX", 2)
+    monkeypatch.setattr(planning, "LINE_PROBLEMS_MAX", 3)
+    rejected = plan(b"\n".join([b"{}", b"{}"]))
+    assert isinstance(rejected, planning.Rejection)
+    *first, last = rejected.listed()
+    assert [problem.line for problem in first] == [1, 1]
+    assert (last.code, last.message) == ("too_many_problems", "6 further problems are not listed.")

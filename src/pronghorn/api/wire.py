@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from pronghorn.domain.causes import Cause
 from pronghorn.domain.model import Batch, BatchStatus, Endpoint, File, Job, OnInvalid, Progress, Tally, Usage
-from pronghorn.domain.planning import Census, Plan, Rejection
+from pronghorn.domain.planning import Census, Plan, Rejection, listed
 from pronghorn.domain.validation import is_too_deep
 from pronghorn.engines.base import ModelInfo
 from pronghorn.limits import METADATA_KEY_CHARS_MAX, METADATA_PAIRS_MAX, METADATA_VALUE_CHARS_MAX
@@ -419,7 +419,7 @@ def model_object(model: ModelInfo, created: int) -> ModelObject:
 
 def batch_check(outcome: Plan | Rejection, census: Census) -> BatchCheck:
     """Return what checking an input has come to as it goes on the wire."""
-    problems = outcome.skipped if isinstance(outcome, Plan) else outcome.listed()
+    problems = listed(outcome.skipped) if isinstance(outcome, Plan) else outcome.listed()
     return BatchCheck(
         valid=isinstance(outcome, Plan),
         lines=outcome.lines,

@@ -24,6 +24,7 @@ from pronghorn.limits import (
     CUSTOM_ID_CHARS_MAX,
     LINE_PROBLEMS_MAX,
     PLANNING_HASHES_IN_MEMORY_MAX,
+    PROBLEMS_LISTED_MAX,
     SHARD_BYTES_MAX,
     SHARD_BYTES_MIN,
     SHARD_LINES_MAX,
@@ -96,11 +97,17 @@ class Rejection(NamedTuple):
     lines: int = 0
 
     def listed(self) -> list[Problem]:
-        """Return the problems, and one more that counts those that are not listed, if any."""
-        if not self.unlisted:
-            return self.problems
-        message = f"{self.unlisted} further problems are not listed."
-        return [*self.problems, Problem("too_many_problems", message, None, None)]
+        """Return the first problems, and one more that counts those that are not listed, if any."""
+        return listed(self.problems, self.unlisted)
+
+
+def listed(problems: Sequence[Problem], unlisted: int = 0) -> list[Problem]:
+    """Return the first problems, and one more that counts the rest of them and the unlisted, if any."""
+    first = list(problems[:PROBLEMS_LISTED_MAX])
+    unlisted += len(problems) - len(first)
+    if not unlisted:
+        return first
+    return [*first, Problem("too_many_problems", f"{unlisted} further problems are not listed.", None, None)]
 
 
 class LineSplitter:

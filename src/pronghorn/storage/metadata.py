@@ -1,13 +1,16 @@
 """What the system remembers of accounts, jobs, batches and shards; files have a module of their own.
 
-Every state change is a compare-and-set whose row count is checked: an UPDATE names the id and the state it expects
-(and, for a shard, the epoch), and a change that finds no such row is refused with `Fenced`.
+A change of a batch's status and a shard's commit are compare-and-set: an UPDATE names the id and the state it expects
+(and, for a shard, the epoch), its row count is checked, and one that finds no such row is refused with `Fenced`. To
+release a shard that is no longer held changes nothing. A claim reads and writes in one transaction of the one writer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,12 +42,16 @@ from pronghorn.domain.model import (
 )
 from pronghorn.domain.planning import Plan
 from pronghorn.errors import Fenced, KeyReused, invariant
+from pronghorn.limits import KIB, PROBLEMS_OF_LISTED_BATCH_MAX
 from pronghorn.storage.database import Database
 from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
 from pronghorn.storage.webhooks import enqueue_event
 
 # Rows that are inserted at once; one of a shard whose every line is a copy has 64 KB.
 INSERT_ROWS_MAX = 200
+# So much of a batch's problems is read for a listing; that many have 15 KB unless a line names its model at length.
+PROBLEMS_OF_LISTED_BATCH_BYTES_MAX = 64 * KIB
+_JSON = json.JSONDecoder()
 
 
 class Page(NamedTuple):
@@ -125,27 +132,32 @@ class Metadata:
         """
 
         def write(connection: sa.Connection) -> Batch:
-            if idempotency is not None:
-                same_key = batches.c.account_id == batch.account_id, batches.c.idempotency_key == idempotency.key
-                known = connection.execute(batches.select().where(*same_key)).mappings().first()
-                if known is not None and known["idempotency_digest"] != idempotency.digest:
-                    raise KeyReused("an idempotency key has come with another request")
-                if known is not None:
-                    return _as_created(_batch(known))
+            if idempotency is not None and (known := _of_request(connection, batch.account_id, idempotency)):
+                return known
             statement = batches.insert().values(**_new_batch(batch, idempotency)).returning(batches.c.order)
             return msgspec.structs.replace(batch, order=connection.execute(statement).scalar_one())
 
         return await self._database.write(write)
+
+    async def batch_of_request(self, account_id: str, idempotency: Idempotency) -> Batch | None:
+        """Return the batch that was made under a key, as it was at its creation, or None.
+
+        Raises KeyReused when the key came with another request.
+        """
+        return await self._database.read(lambda c: _of_request(c, account_id, idempotency))
 
     async def batch(self, batch_id: str, account_id: str) -> Batch | None:
         """Return a batch of this account; another account's is as good as none."""
         return await self._one_batch(batches.c.id == batch_id, batches.c.account_id == account_id)
 
     async def list_batches(self, account_id: str, *, limit: int, after: str | None = None) -> Page | None:
-        """Return up to `limit` batches, newest first, after the one with id `after`; None if that is unknown."""
+        """Return up to `limit` batches, newest first, after the one with id `after`; None if that is unknown.
+
+        Each has the first PROBLEMS_OF_LISTED_BATCH_MAX of its problems.
+        """
 
         def read(connection: sa.Connection) -> Page | None:
-            query = batches.select().where(batches.c.account_id == account_id)
+            query = _LISTED.where(batches.c.account_id == account_id)
             if after is not None:
                 cursor = sa.select(batches.c.order).where(batches.c.id == after, batches.c.account_id == account_id)
                 order = connection.scalar(cursor)
@@ -153,7 +165,7 @@ class Metadata:
                     return None
                 query = query.where(batches.c.order < order)
             rows = connection.execute(query.order_by(batches.c.order.desc()).limit(limit + 1)).mappings().all()
-            return Page([_batch(row) for row in rows[:limit]], len(rows) > limit)
+            return Page([_with_first_problems(_batch(row)) for row in rows[:limit]], len(rows) > limit)
 
         return await self._database.read(read)
 
@@ -388,6 +400,12 @@ _TALLY_COLUMNS = (
 )
 
 
+_LISTED = sa.select(
+    *(column for column in batches.c if column is not batches.c.problems),
+    sa.func.substr(batches.c.problems, 1, PROBLEMS_OF_LISTED_BATCH_BYTES_MAX, type_=sa.LargeBinary).label("problems"),
+)
+
+
 def _new_batch(batch: Batch, idempotency: Idempotency | None) -> dict[str, Any]:
     return {
         "id": batch.id,
@@ -407,6 +425,16 @@ def _new_batch(batch: Batch, idempotency: Idempotency | None) -> dict[str, Any]:
         "idempotency_key": idempotency and idempotency.key,
         "idempotency_digest": idempotency and idempotency.digest,
     }
+
+
+def _of_request(connection: sa.Connection, account_id: str, idempotency: Idempotency) -> Batch | None:
+    same_key = batches.c.account_id == account_id, batches.c.idempotency_key == idempotency.key
+    known = connection.execute(batches.select().where(*same_key)).mappings().first()
+    if known is None:
+        return None
+    if known["idempotency_digest"] != idempotency.digest:
+        raise KeyReused("an idempotency key has come with another request")
+    return _as_created(_batch(known))
 
 
 def _as_created(batch: Batch) -> Batch:
@@ -513,6 +541,17 @@ def _batch(row: sa.RowMapping) -> Batch:
         deduplicate=row["deduplicate"],
         copies=row["copies"],
     )
+
+
+def _with_first_problems(batch: Batch) -> Batch:
+    """Return a batch with the first of its problems, of whose JSON the end may be cut off."""
+    if batch.problems is None:
+        return batch
+    text, end = batch.problems.decode(errors="ignore"), 0
+    with contextlib.suppress(ValueError):
+        for _ in range(PROBLEMS_OF_LISTED_BATCH_MAX):
+            _, end = _JSON.raw_decode(text, end + 1)  # after the opening bracket or a comma
+    return msgspec.structs.replace(batch, problems=f"[{text[1:end]}]".encode())
 
 
 def _decoded(value: bytes | None, kind: Any) -> Any:
