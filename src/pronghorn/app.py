@@ -42,8 +42,12 @@ def create_app(system: System, settings: Settings) -> FastAPI:
     app.include_router(files.routes(stored, blobs, clock, ids, batch_file_expires_s=life_s))
     launcher = Launcher(metadata, changed=system.coordinator.wake)
     app.include_router(batches.routes(metadata, launcher, system.checker, clock, ids, default_job=settings.default_job))
-    limit = settings.line_bytes_max
-    app.include_router(reruns.routes(metadata, stored, blobs, launcher, clock, ids, line_bytes_max=limit))
+    retry = reruns.routes(
+        *(metadata, stored, blobs, launcher, clock, ids),
+        line_bytes_max=settings.line_bytes_max,
+        batch_file_expires_s=life_s,
+    )
+    app.include_router(retry)
     app.include_router(streams.routes(metadata, stored, blobs, clock))
     app.include_router(models.routes(system.engines, clock.now()))
     app.include_router(uploads.routes(system.uploads, stored, blobs, clock, ids, batch_file_expires_s=life_s))

@@ -67,6 +67,16 @@ def test_only_failed_lines_are_retried_with_overrides(server: Server) -> None:
     assert server.await_batch(everything["id"])["request_counts"]["total"] == 3
 
 
+def test_a_retry_that_is_sent_again_has_the_same_answer_when_the_files_are_gone(server: Server) -> None:
+    old = run(server, FAILING[0] + FAILING[1])
+    path, headers = f"/v1/batches/{old['id']}/retry", {"Idempotency-Key": "retry-of-the-gone"}
+    first = server.http.post(path, json={}, headers=headers).json()
+    assert server.http.delete(f"/v1/files/{old['error_file_id']}").status_code == 200
+    assert server.http.post(path, json={}, headers=headers).json() == first
+    other = server.http.post(path, json={"codes": ["x"]}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (400, "idempotency_key_reused")
+
+
 def test_a_retry_that_starts_nothing_leaves_nothing_behind(server: Server) -> None:
     old = run(server, b"".join(FAILING))
     path, headers = f"/v1/batches/{old['id']}/retry", {"Idempotency-Key": "retry-1"}

@@ -48,13 +48,33 @@ class Launcher:
 
         Raises InvalidRequest when the key has come with another body.
         """
-        digest = hashlib.sha256(f"{path}\n{body.model_dump_json()}".encode()).digest()
         try:
-            created = await self._metadata.add_batch(batch, Idempotency(key, digest) if key is not None else None)
+            created = await self._metadata.add_batch(batch, _idempotency(path, body, key))
         except KeyReused as error:
-            raise InvalidRequest(
-                "This Idempotency-Key was used with another request body. Use a new key for a new request.",
-                code="idempotency_key_reused",
-            ) from error
+            raise _key_reused() from error
         self.changed()
         return created
+
+    async def launched(self, account_id: str, path: str, body: BaseModel, key: str | None) -> Batch | None:
+        """Return the batch that a request which is sent again has started, as it was at its creation, or None.
+
+        Raises InvalidRequest when the key has come with another body.
+        """
+        idempotency = _idempotency(path, body, key)
+        if idempotency is None:
+            return None
+        try:
+            return await self._metadata.batch_of_request(account_id, idempotency)
+        except KeyReused as error:
+            raise _key_reused() from error
+
+
+def _idempotency(path: str, body: BaseModel, key: str | None) -> Idempotency | None:
+    if key is None:
+        return None
+    return Idempotency(key, hashlib.sha256(f"{path}\n{body.model_dump_json()}".encode()).digest())
+
+
+def _key_reused() -> InvalidRequest:
+    message = "This Idempotency-Key was used with another request body. Use a new key for a new request."
+    return InvalidRequest(message, code="idempotency_key_reused")

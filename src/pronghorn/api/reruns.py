@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
@@ -36,8 +36,9 @@ def routes(
     ids: Ids,
     *,
     line_bytes_max: int,
+    batch_file_expires_s: int | None,
 ) -> APIRouter:
-    """Return the route that retries."""
+    """Return the route that retries; `batch_file_expires_s` is the life of the inputs that it makes."""
     router = APIRouter(tags=["Batch"])
 
     @router.post("/v1/batches/{batch_id}/retry")
@@ -49,11 +50,14 @@ def routes(
     ) -> wire.BatchObject:
         """Run the lines of an ended batch that failed or were not run, or some of them, as a new batch."""
         old = await find_batch(metadata, batch_id, account_id)
+        path = f"/v1/batches/{batch_id}/retry"
+        # What has been sent before is answered as then, whether or not the files of that time are still there.
+        if repeated := await launcher.launched(account_id, path, body, idempotency_key):
+            return wire.batch_object(repeated)
         if old.status not in TERMINAL:
             raise Conflict(f"Cannot retry a batch with status '{old.status}': wait for its end, or cancel it.")
         selection = Selection(frozenset(body.codes), frozenset(body.status_codes), body.overrides)
         file = await failed_lines(old, selection)
-        path = f"/v1/batches/{batch_id}/retry"
         launched: Batch | None = None
         try:
             launched = await launcher.launch(again(old, file, body), path, body, idempotency_key)
@@ -72,10 +76,12 @@ def routes(
         results = await lines_of(errors, RESULT_BYTES_MAX)
         file_id = ids.new("file-")
         key = f"files/{file_id}"
-        size = await asyncio.to_thread(store, key, lines, results, selection)
+        size = await blobs.through_whole_files(partial(store, key, lines, results, selection))
         if not size:
             raise InvalidRequest("There is nothing to retry: no failed line has one of these codes or statuses.")
-        file = File(file_id, old.account_id, "batch", f"{old.id}_retry.jsonl", size, clock.now())
+        now = clock.now()
+        expires_at = None if batch_file_expires_s is None else now + batch_file_expires_s
+        file = File(file_id, old.account_id, "batch", f"{old.id}_retry.jsonl", size, now, expires_at)
         try:
             await files.add(file, [BlobRef(key, size)])
         except StorageError:
