@@ -238,3 +238,14 @@ def test_models_of_a_configuration_are_shown_without_a_word_of_servers(tmp_path:
     models = pronghorn_command("models", "--upstream", engine.base_url, home=tmp_path)
     assert (models.returncode, models.stderr) == (0, "")
     assert "scripted" in models.stdout
+
+
+def test_a_default_job_that_does_not_exist_stops_the_start(tmp_path: Path, engine: ScriptedProcess) -> None:
+    config = tmp_path / "pronghorn.toml"
+    config.write_text('default_job = "job-unheard"\n')
+    started = pronghorn_command(
+        *("serve", "--port", "0", "--data-dir", tmp_path / "data", "--config", config, "--upstream", engine.base_url),
+        home=tmp_path,
+    )
+    assert started.returncode == 2
+    assert "pronghorn: default_job names job-unheard, and there is no such job" in started.stderr

@@ -54,6 +54,7 @@ def serve(settings: Settings) -> None:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     async with running(settings) as system:
         job_id = await _first_job(system)
+        await _check_default_job(system, settings)
         server = _Server(
             uvicorn.Config(
                 create_app(system, settings),
@@ -124,6 +125,12 @@ async def _first_job(system: System) -> str:
         jobs = [Job(system.ids.new("job-"), DEFAULT_ACCOUNT, "default", 1, system.clock.now())]
         await system.metadata.add_job(jobs[0])
     return jobs[0].id
+
+
+async def _check_default_job(system: System, settings: Settings) -> None:
+    job_id = settings.default_job
+    if job_id is not None and await system.metadata.job(job_id, DEFAULT_ACCOUNT) is None:
+        raise UsageError(f"default_job names {job_id}, and there is no such job; `pronghorn jobs list` shows them")
 
 
 def _upstreams(config: Path | None, urls: object) -> list[dict[str, object]]:
