@@ -1,4 +1,4 @@
-"""Every error the program raises on purpose, in one tree.
+"""The errors that parts of the program raise for each other, in one tree; those of a single part stand beside it.
 
 PronghornError
 ├── RequestError            a client's request cannot be served; carries OpenAI's envelope and its HTTP status

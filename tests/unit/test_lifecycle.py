@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pronghorn.domain.lifecycle import RUNNING, TERMINAL, TRANSITIONS, final_status, may_follow, stamp_of
+from pronghorn.domain.lifecycle import TERMINAL, TRANSITIONS, final_status, may_follow, stamp_of
 from pronghorn.domain.model import BatchStamps, BatchStatus, Closing
 
 
@@ -39,11 +39,6 @@ def test_a_batch_that_has_ended_never_moves(status: BatchStatus) -> None:
 
 def test_no_batch_comes_back_to_a_status_it_has_left() -> None:
     assert not any(status in reachable(status) for status in BatchStatus)
-
-
-def test_running_batches_are_planned_and_have_not_ended() -> None:
-    assert RUNNING | TERMINAL | {BatchStatus.VALIDATING} == set(BatchStatus)
-    assert not RUNNING & TERMINAL
 
 
 def test_each_status_has_its_own_stamp() -> None:

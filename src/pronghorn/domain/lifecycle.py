@@ -6,7 +6,8 @@ from pronghorn.domain.model import BatchStatus as S
 from pronghorn.domain.model import Closing
 
 # Who moves each on: validating, the planner; in_progress and finalizing, the coordinator; cancelling, the
-# coordinator once no line is in flight. The database's CHECK and docs/ARCHITECTURE.md hold the same edges.
+# coordinator once no line is in flight. A client's cancel or the end of the window closes what has not been finalized.
+# docs/ARCHITECTURE.md draws the same edges; the database's CHECK knows the statuses alone.
 TRANSITIONS: frozenset[tuple[S, S]] = frozenset(
     {
         (S.VALIDATING, S.IN_PROGRESS),
@@ -22,7 +23,6 @@ TRANSITIONS: frozenset[tuple[S, S]] = frozenset(
 )
 
 TERMINAL = frozenset({S.FAILED, S.COMPLETED, S.EXPIRED, S.CANCELLED})
-RUNNING = frozenset({S.IN_PROGRESS, S.FINALIZING, S.CANCELLING})
 
 
 def may_follow(current: S, following: S) -> bool:

@@ -158,7 +158,7 @@ def _require_pending(connection: sa.Connection, upload_id: str, now: int) -> Non
         uploads.c.status == UploadStatus.PENDING.value,
         uploads.c.expires_at > now,
     )
-    if connection.scalar(sa.select(uploads.c.id).where(*pending).with_for_update()) is None:
+    if connection.scalar(sa.select(uploads.c.id).where(*pending)) is None:
         raise Fenced(f"{upload_id} is no longer pending")
 
 
