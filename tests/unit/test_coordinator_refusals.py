@@ -377,3 +377,22 @@ async def test_what_has_moved_waits_as_one_report_while_the_database_refuses(
         assert coordinating.backlog <= 2
         room.set()
         await all_counted.wait()
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_for_ever(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pronghorn.control.crew.RESTART_WAIT_S_MAX", 0.0)
+    tried_long = asyncio.Event()
+
+    class Nowhere(Links):
+        tries = 0
+
+        async def start(self) -> Link:
+            self.tries += 1
+            if self.tries == 1100:
+                tried_long.set()
+            raise OSError("no process is left")
+
+    async with at_work(await coordinator(Metadata(database), database, tmp_path, executor=Nowhere())):
+        await tried_long.wait()

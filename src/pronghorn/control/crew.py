@@ -15,6 +15,8 @@ from pronghorn.worker.protocol import Configure, Done, LeaveRoom, Order, Ready, 
 log = logging.getLogger("pronghorn.crew")
 
 RESTART_WAIT_S_MAX = 30.0
+# Further ones change no wait, and a number of a thousand bits cannot be multiplied by a tenth.
+FAILURES_COUNTED_MAX = 10
 # A worker that lives so long, or finishes a shard, works: the next one is started at once again.
 WORKS_AFTER_S = 30.0
 # Beyond its drain, a worker gets this long to write and go.
@@ -83,7 +85,7 @@ class CrewMember:
             worked = await self._run_once()
             failures = 0 if worked else failures + 1
             if not self._stopping.is_set():
-                wait = min(RESTART_WAIT_S_MAX, 0.1 * 2**failures)
+                wait = min(RESTART_WAIT_S_MAX, 0.1 * 2 ** min(failures, FAILURES_COUNTED_MAX))
                 log.warning("a worker ended unexpectedly; another starts in %.1f s", wait)
                 await self._wait_unless_stopping(wait)
 
