@@ -27,6 +27,8 @@ from tests.faults.test_odd_upstreams import OddEngine, Wire, running
 WINDOW = 4
 LINES = 24
 QUIET_S = 0.3
+# Turns of the loop in which a connection that was just being made is closed.
+TURNS_TO_CLOSE = 5
 # How long an engine is gone: less than the time between two canaries.
 LOAD_S = 0.2
 # Far beyond the end of the test: nothing here ends by a line's timeout.
@@ -51,9 +53,18 @@ class Reports:
 
     async def durable_lines(self, lines: int) -> None:
         async with asyncio.timeout(60):
-            while self.durable < lines and self.done is None:
-                self._news.clear()
-                await self._news.wait()
+            while self.durable < lines:
+                await self._more()
+
+    async def end(self) -> Done:
+        async with asyncio.timeout(60):
+            while self.done is None:
+                await self._more()
+        return self.done
+
+    async def _more(self) -> None:
+        self._news.clear()
+        await self._news.wait()
 
 
 @asynccontextmanager
@@ -84,6 +95,8 @@ async def dispatching(tmp_path: Path, engine: OddEngine) -> AsyncIterator[Report
         await dispatcher.stop(0)
         running.cancel()
         await asyncio.wait({running})
+        for _ in range(TURNS_TO_CLOSE):
+            await asyncio.sleep(0)
 
 
 class DyingEngine:
@@ -161,8 +174,6 @@ async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path
     behave = DyingEngine(slow=1, kill_after_s=1.5 * QUIET_S)
     with running(behave) as (engine,):
         async with dispatching(tmp_path, engine) as reports:
-            await reports.durable_lines(LINES)
-            assert reports.done is not None
-            result = reports.done.result
+            result = (await reports.end()).result
     assert (result.tally.completed, result.tally.failed) == (LINES - 1, 1)
     assert [cause.code for cause in result.causes] == ["upstream_crash_suspected"]
