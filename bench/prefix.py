@@ -1,8 +1,10 @@
 """What the order of prompts is worth on llama.cpp: `python -m bench.prefix`, about three minutes.
 
-A file whose lines take turns between 8 system prompts of about 400 tokens is run twice, by two servers that differ in
-nothing but `prompt_order`, each with a llama.cpp of its own whose caches are empty. Every line has a question of its
-own and exactly 16 new tokens. OpenVINO is left out: its lines share one cache, which holds these prompts in any order.
+A file whose lines each have one of 8 system prompts of about 400 tokens is run twice, by two servers that differ in
+nothing but `prompt_order`, each with a llama.cpp of its own whose caches are empty. Which prompt a line has is drawn:
+where lines take turns, each of 8 slots may get the same prompt again and again in the file's order, too. Every line has
+a question of its own and exactly 16 new tokens. OpenVINO is left out: its lines share one cache, which holds these
+prompts in any order.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ TEXT = (
 WORDS = TEXT.split()
 
 HOW = f"""\
-Lines take turns between {SYSTEM_PROMPTS} system prompts of about 400 tokens; each has 20 words of its own and
+Each line has one of {SYSTEM_PROMPTS} system prompts of about 400 tokens, drawn at random, 20 words of its own and
 {NEW_TOKENS} new tokens. First in the file's order, then in the prompts' order: embedded llama.cpp, whose slots keep a
 prompt each, with the same settings and empty caches, from creating the batch to `completed`."""
 
@@ -46,7 +48,7 @@ def words(rng: random.Random, count: int) -> str:
 
 
 def jsonl(rng: random.Random, lines: int) -> bytes:
-    """Return lines that take turns between the system prompts."""
+    """Return lines with one of the system prompts each."""
     prompts = [words(rng, SYSTEM_WORDS) for _ in range(SYSTEM_PROMPTS)]
     return b"".join(
         json.dumps(
@@ -60,7 +62,7 @@ def jsonl(rng: random.Random, lines: int) -> bytes:
                     "ignore_eos": True,
                     "temperature": 0,
                     "messages": [
-                        {"role": "system", "content": prompts[number % SYSTEM_PROMPTS]},
+                        {"role": "system", "content": rng.choice(prompts)},
                         {"role": "user", "content": words(rng, 20)},
                     ],
                 },
@@ -89,7 +91,7 @@ def run(content: bytes, lines: int, *, prompt_order: bool) -> Run:
 
 def measure(scale: Scale, lines: int | None = None, seed: int = 1) -> Section:
     """Run the same file in the file's order and then in the prompts' order."""
-    lines = lines or scale.times(smoke=16, quick=48, full=64)
+    lines = lines or scale.times(smoke=16, quick=64, full=128)
     content = jsonl(random.Random(seed), lines)
     by_file, by_prompt = (run(content, lines, prompt_order=ordered) for ordered in (False, True))
     rate, beside = [by_prompt.lines_per_s], [by_file.lines_per_s]
