@@ -221,3 +221,13 @@ def test_an_answer_that_is_sent_twice_is_never_another_lines(tmp_path: Path) -> 
         batch = server.await_batch(server.create_batch(server.upload(batch_of(kinds)))["id"])
         assert endings(server, batch) == {("fair", "completed"): len(kinds)}
         assert engines[0].asked.total() < 1.5 * len(kinds), "once that is known no connection is used again"
+
+
+async def the_same_to_everybody(wire: Wire) -> None:
+    await wire.answer(200, b'{"id":"x","choices":[{"message":{"content":"yes"}}],"usage":{"prompt_tokens":1}}')
+
+
+def test_an_engine_that_says_the_same_to_every_line_is_asked_once_for_each(tmp_path: Path) -> None:
+    with running(the_same_to_everybody) as engines, serving(tmp_path, engines) as server:
+        batch = server.await_batch(server.create_batch(server.upload(batch_of(["fair"] * 200)))["id"])
+        assert batch["request_counts"]["completed"] == engines[0].asked.total() == 200

@@ -25,10 +25,14 @@ WIRE_BYTES_PER_BODY_BYTE_MAX = 8
 """The worst honest framing is 6 (a chunk for each byte); above it an answer is chunk extensions or trailers."""
 
 REPEAT_BYTES_MIN = 64
-"""No answer to a line is shorter; error texts and empty objects may well come twice."""
+"""No answer to a line is shorter; empty objects may well come twice."""
 
 REPEAT_BYTES_HELD_MAX = 64 * 1024
 """Up to this size an answer is kept to be compared with the next one, of a larger one its hash."""
+
+REPEAT_WAIT_S_MIN = 0.05
+REPEAT_WAIT_TIMES = 3
+"""How long an answer that is the one before waits for the true one: this, and so many times as that one took."""
 
 
 class Connection(asyncio.Protocol):
@@ -40,6 +44,7 @@ class Connection(asyncio.Protocol):
         "_complete",
         "_head",
         "_headers",
+        "_held",
         "_keep_alive",
         "_mark",
         "_parser",
@@ -52,6 +57,7 @@ class Connection(asyncio.Protocol):
         "_status",
         "_stop",
         "_swept_bytes",
+        "_took_s",
         "_wire_bytes",
         "since_s",
         "transport",
@@ -66,6 +72,8 @@ class Connection(asyncio.Protocol):
         self._reused = False
         self._saw_eof = False
         self._mark: bytes | int = b""
+        self._took_s = 0.0
+        self._held: tuple[Answer, asyncio.TimerHandle] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -95,6 +103,7 @@ class Connection(asyncio.Protocol):
         if self._request is not None:
             self._request.connection = None
             self._request = None
+        self._let_go()
         self._pool.leave_idle(self)
         self.transport.abort()
 
@@ -150,6 +159,10 @@ class Connection(asyncio.Protocol):
             if data.strip(b"\r\n") and not data.startswith(_GOODBYES):
                 self._pool.distrust()
             return
+        if self._held is not None:  # so the answer that is held was sent twice, and this is the true one
+            self._pool.distrust()
+            self._send_elsewhere(request)
+            return
         self._wire_bytes += len(data)
         try:
             self._parser.feed_data(data)
@@ -170,7 +183,9 @@ class Connection(asyncio.Protocol):
         if request is None:
             return
         request.connection = None
-        if error is None and self._saw_eof and self._ends_at_eof():
+        if (held := self._let_go()) is not None:
+            request.settle(held)
+        elif error is None and self._saw_eof and self._ends_at_eof():
             request.settle(self._answer())
         elif self._reused and self._wire_bytes == 0 and not request.retried:
             self._pool.retry(request)
@@ -251,11 +266,16 @@ class Connection(asyncio.Protocol):
             request.fail(FaultKind.PROTOCOL, f"sent something other than HTTP/1: {error}")
 
     def _finish(self, request: Request) -> None:
-        """Hand over a complete answer, with the connection already free for what `done` sends next."""
+        """Take a complete answer, unless it may be the one before, sent twice: then what comes next decides."""
         answer = self._answer()
         if isinstance(answer, Answer) and request.sink is None and self._is_suspect(request, answer):
-            self._send_elsewhere(request)
-            return
+            wait_s = REPEAT_WAIT_S_MIN + REPEAT_WAIT_TIMES * self._took_s
+            self._held = answer, self._pool.loop.call_later(wait_s, self._believe)
+        else:
+            self._hand_over(request, answer)
+
+    def _hand_over(self, request: Request, answer: Answer | Fault) -> None:
+        """Settle a request, with the connection already free for what `done` sends next."""
         self._request = None
         request.connection = None
         self.resume()
@@ -269,21 +289,30 @@ class Connection(asyncio.Protocol):
         request.settle(answer)
 
     def _is_suspect(self, request: Request, answer: Answer) -> bool:
-        """Tell whether an answer may be the one before, sent twice: then the line has to be asked elsewhere.
-
-        What comes of that shows whether this engine answers like that, or sends what nobody has asked for.
-        """
+        """Tell whether an answer is the one before on this connection to the last byte."""
         body = answer.body
-        if len(body) < REPEAT_BYTES_MIN or not 200 <= answer.status < 300:
+        if not self._pool.doubts_repeats or len(body) < REPEAT_BYTES_MIN or not 200 <= answer.status < 300:
             return False
         mark: bytes | int = body if len(body) <= REPEAT_BYTES_HELD_MAX else hash(body)
-        if request.repeated is not None:
-            self._pool.judge_repeat(alike=mark == request.repeated)
-        elif self._pool.doubts_repeats and mark == self._mark and not request.retried:
-            request.repeated = mark
+        if mark == self._mark and _USAGE in body:
             return True
-        self._mark = mark
+        self._mark, self._took_s = mark, self._pool.loop.time() - request.started_s
         return False
+
+    def _believe(self) -> None:
+        """Hand over an answer that no other has followed: this engine says the same to different lines."""
+        answer, request = self._let_go(), self._request
+        self._pool.doubts_repeats = False
+        if answer is not None and request is not None:
+            self._hand_over(request, answer)
+
+    def _let_go(self) -> Answer | None:
+        """Return the answer that was held, if any, and hold it no longer."""
+        if self._held is None:
+            return None
+        (answer, timer), self._held = self._held, None
+        timer.cancel()
+        return answer
 
     def _send_elsewhere(self, request: Request) -> None:
         """Ask again on a new connection, for this one's answers are not those to its requests."""
@@ -315,6 +344,8 @@ class Connection(asyncio.Protocol):
         return b"content-length" not in self._head
 
 
+# Every answer to a line has it, and no error that comes as a success: those are the same for many lines.
+_USAGE = b'"usage"'
 # A gateway says so before it closes a connection that was idle for long, and no answer has gone astray.
 _GOODBYES = (b"HTTP/1.1 408", b"HTTP/1.0 408")
 

@@ -88,12 +88,6 @@ class ConnectionPool:
         for connection in list(self.idle):
             connection.drop()
 
-    def judge_repeat(self, *, alike: bool) -> None:
-        """Note whether an answer that came twice was sent twice, or is what this engine has to say to both."""
-        self.doubts_repeats = not alike
-        if not alike:
-            self.distrust()
-
     def joined(self, connection: Connection) -> None:
         self.connections.add(connection)
         if self._sweeper is None:

@@ -47,7 +47,7 @@ class Call(Protocol):
 class Request:
     """One request from start to its one result; `done` is None once that is on its way."""
 
-    __slots__ = ("body", "connecting", "connection", "done", "head", "pool", "repeated", "retried", "sink", "started_s")
+    __slots__ = ("body", "connecting", "connection", "done", "head", "pool", "retried", "sink", "started_s")
 
     def __init__(
         self, pool: ConnectionPool, head: bytes, body: bytes, done: Done, sink: AnswerSink | None = None
@@ -60,7 +60,6 @@ class Request:
         self.connection: Connection | None = None
         self.connecting: asyncio.Task[None] | None = None
         self.retried = False
-        self.repeated: bytes | int | None = None
         self.started_s = pool.loop.time()
 
     def settle(self, result: Answer | Fault) -> None:
