@@ -12,6 +12,7 @@ import pytest
 from blockbuster import BlockBuster
 
 from pronghorn.clock import SystemClock
+from pronghorn.domain.doubt import SHARED_DEATHS_MAX
 from pronghorn.domain.model import BlobRef, Endpoint, Replica, Shard, ShardKey
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.room import Room
@@ -154,20 +155,52 @@ async def test_a_suspect_that_hangs_alone_holds_up_no_other(tmp_path: Path) -> N
             assert reports.done is None
 
 
-async def test_a_suspect_that_no_replica_answers_holds_up_no_other(tmp_path: Path) -> None:
+@asynccontextmanager
+async def lanes_of(*replicas: Replica) -> AsyncIterator[Lanes]:
     config = Configure("", "", 1 << 20, LINE_TIMEOUT_S, 60.0, 60.0, prompt_order=False)
     lanes = Lanes(config, SystemClock(), asyncio.get_running_loop().create_task, lambda: None)
-    lanes.use([Replica("http://127.0.0.1:9/v1", models=("here",), window=WINDOW)])
-    suspects = isolation.Isolation(lanes)
-    for deaths, model in ((3, "gone"), (2, "here"), (4, "gone")):
-        order = Assign(Shard(ShardKey("batch_1", 0), 1, 1, 0, 1), [], Endpoint.CHAT_COMPLETIONS, model)
-        line = Line(ShardRun(order, Segments(tmp_path), lambda: None, prompt_order=False), 1, b'"id"')
-        line.deaths = deaths
-        suspects.add(line)
-    alone = suspects.next(0.0)
-    assert alone is not None
-    assert alone.line.run.model == "here"
+    lanes.use(list(replicas))
+    yield lanes
     await lanes.close()
+
+
+def suspect(segments: Path, number: int, deaths: int = SHARED_DEATHS_MAX, model: str = "here") -> Line:
+    order = Assign(Shard(ShardKey("batch_1", 0), 1, 1, 0, 1), [], Endpoint.CHAT_COMPLETIONS, model)
+    line = Line(ShardRun(order, Segments(segments), lambda: None, prompt_order=False), number, b'"id"')
+    line.deaths = deaths
+    return line
+
+
+async def test_a_suspect_that_no_replica_answers_holds_up_no_other(tmp_path: Path) -> None:
+    async with lanes_of(Replica("http://127.0.0.1:9/v1", models=("here",), window=WINDOW)) as lanes:
+        suspects = isolation.Isolation(lanes)
+        for deaths, model in ((3, "gone"), (2, "here"), (4, "gone")):
+            suspects.add(suspect(tmp_path, 1, deaths, model))
+        apart = suspects.next(0.0)
+    assert apart is not None
+    assert [line.run.model for line in apart.lines] == ["here"]
+
+
+@pytest.mark.parametrize(("suspected", "together"), [(1, 1), (9, 1), (16, 4), (100, 10), (1000, 16)])
+async def test_many_suspects_run_a_few_at_a_time(tmp_path: Path, suspected: int, together: int) -> None:
+    async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
+        suspects = isolation.Isolation(lanes)
+        for number in range(suspected):
+            suspects.add(suspect(tmp_path, number))
+        apart = suspects.next(0.0)
+        assert apart is not None
+        assert len(apart.lines) == together
+        assert not any(line in suspects for line in apart.lines)
+
+
+async def test_a_suspect_whose_engine_died_again_runs_alone(tmp_path: Path) -> None:
+    async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
+        suspects = isolation.Isolation(lanes)
+        for number in range(20):
+            suspects.add(suspect(tmp_path, number, deaths=SHARED_DEATHS_MAX + (number == 7)))
+        apart = suspects.next(0.0)
+        assert apart is not None
+        assert [line.number for line in apart.lines] == [7]
 
 
 async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path: Path) -> None:
@@ -177,3 +210,20 @@ async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path
             result = (await reports.end()).result
     assert (result.tally.completed, result.tally.failed) == (LINES - 1, 1)
     assert [cause.code for cause in result.causes] == ["upstream_crash_suspected"]
+
+
+async def test_an_engine_that_dies_by_itself_gets_its_lines_back(tmp_path: Path) -> None:
+    async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
+        suspects = isolation.Isolation(lanes)
+        often, twice = suspect(tmp_path, 1, deaths=4), suspect(tmp_path, 2, deaths=2)
+        for line in (often, twice):
+            assert suspects.suspects(line)
+            suspects.add(line)
+        assert suspects.acquit() == [twice]
+        assert suspects.suspects(often)
+        guilty = suspect(tmp_path, 3)
+        guilty.alone_deaths = 3
+        assert not suspects.convicts(guilty)
+        guilty.alone_deaths = 4
+        assert suspects.convicts(guilty)
+        assert suspects.suspects(twice), "a line that kills was found: two deaths count again"

@@ -10,10 +10,13 @@ import msgspec
 from pronghorn.domain.model import Endpoint
 from pronghorn.domain.retry import Lost
 
-# Deaths of the engine that a line may have been part of before it is run alone, and alone before it is given up. A
-# line that is alone three times when its engine dies is no coincidence, even where engines are killed at random.
+# Deaths of the engine that a line may have been part of before it is run alone, and alone before it is given up: a
+# line that is alone three times when its engine dies is no coincidence.
 SHARED_DEATHS_MAX = 2
 ALONE_DEATHS_MAX = 3
+# Where engines die again and again for reasons of their own, it is one, and the more of it has been seen the more it
+# takes to suspect a line.
+ACQUITTALS_MAX = 4
 # One lost canary has met an engine that was just ending; so many show one that is there and loses what it gets.
 CANARIES_LOST_MAX = 3
 
@@ -60,6 +63,30 @@ class Doubt(Generic[LineT]):
         lost = sum(casualty.witness and not casualty.lost.hung for casualty in self.casualties)
         lost_all = lost > 1 and lost >= self.witnesses
         return lost_all or 0 < self.canaries_lost < CANARIES_LOST_MAX
+
+
+class Suspicion:
+    """How many deaths of an engine it takes to suspect a line, and to find it guilty.
+
+    A line that was alone when its engine died, and is answered the next time, shows that the engine dies by itself.
+    """
+
+    def __init__(self) -> None:
+        self._acquittals = 0
+
+    @property
+    def shared_deaths_max(self) -> int:
+        return SHARED_DEATHS_MAX << self._acquittals
+
+    @property
+    def alone_deaths_max(self) -> int:
+        return ALONE_DEATHS_MAX + self._acquittals
+
+    def acquit(self) -> None:
+        self._acquittals = min(ACQUITTALS_MAX, self._acquittals + 1)
+
+    def convict(self) -> None:
+        self._acquittals = max(0, self._acquittals - 1)
 
 
 def canary(endpoint: Endpoint, model: str) -> bytes:

@@ -20,7 +20,7 @@ from pronghorn.clock import Clock
 from pronghorn.domain import retry
 from pronghorn.domain.answers import Answer, Fault
 from pronghorn.domain.breaker import Breaker
-from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX, Casualty
+from pronghorn.domain.doubt import Casualty
 from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
 from pronghorn.errors import StorageError, is_full, is_out_of_files, unreachable
 from pronghorn.limits import KIB, MIB
@@ -64,9 +64,6 @@ EXPIRING_S_MAX = 10.0
 
 FAILS_ALL = "the engine fails every line, and another does not"
 DISK_FULL = "the disk is full: outcomes wait in memory until there is room"
-CRASHES = retry.Failure(
-    "upstream_crash_suspected", f"The engine died {ALONE_DEATHS_MAX} times while it ran this line and no other."
-)
 
 
 def _success(line: Line, answer: Answer | Fault) -> bytes:
@@ -81,6 +78,11 @@ def _failure(line: Line, answer: Answer | Fault | None, failure: retry.Failure) 
     if failure.status is not None:
         answer = Answer(failure.status, answer.headers, answer.body)
     return results.answered(*line.identity, answer)
+
+
+def _crashes(line: Line) -> retry.Failure:
+    message = f"The engine died {line.alone_deaths} times while it ran this line and no other."
+    return retry.Failure("upstream_crash_suspected", message)
 
 
 def _remember(line: Line, or_else: retry.Failure | None, answer: Answer | Fault | None) -> None:
@@ -208,8 +210,9 @@ class Dispatcher:
         if self._writing or self._stopping or self._full is not None or self._undurable_bytes > UNDURABLE_BYTES_MAX:
             return
         now = self._clock.monotonic()
-        if self._isolation and (alone := self._isolation.next(now)) is not None:
-            self._send(*alone, now)
+        if self._isolation and (apart := self._isolation.next(now)) is not None:
+            for line in apart.lines:
+                self._send(line, apart.lane, now)
         for run in list(self._runs.values()):
             while run.ready and (lane := self._lanes.roomiest(run, now, self._waiting)) is not None:
                 self._send(next_line(lane, run, self._runs.values()), lane, now)
@@ -250,6 +253,9 @@ class Dispatcher:
             lane.alone = None
         if not isinstance(verdict, retry.Lost):
             self._triage.heard(lane, answer, verdict, sent_at)
+        if line.alone_deaths and line.alone and isinstance(verdict, retry.Success):
+            for innocent in self._isolation.acquit():
+                self._requeue(innocent)
         match verdict:
             case retry.Success(usage):
                 lane.failures_in_a_row = lane.put_off_in_a_row = 0
@@ -398,9 +404,9 @@ class Dispatcher:
 
     def _suspect(self, line: Line) -> None:
         """Deal with a line that was with an engine when it died; where it happens again, the line runs alone."""
-        if line.alone_deaths >= ALONE_DEATHS_MAX:
-            self._record(line, Fate.FAILED, Usage(), _failure(line, None, CRASHES))
-        elif line.deaths >= SHARED_DEATHS_MAX and not line.run.sends_no_more:
+        if self._isolation.convicts(line):
+            self._record(line, Fate.FAILED, Usage(), _failure(line, None, _crashes(line)))
+        elif self._isolation.suspects(line) and not line.run.sends_no_more:
             self._isolation.add(line)
         else:
             self._requeue(line)
