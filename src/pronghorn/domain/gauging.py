@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# How often an engine is looked at: until it is known what it takes, and then.
-INTERVAL_CLIMBING_S = 0.5
+# How often an engine is looked at: while the limit climbs, and then.
+INTERVAL_CLIMBING_S = 0.25
 INTERVAL_S = 2.0
 # Looks that may be missed before the gauges are stale.
 MISSED_MAX = 3
@@ -56,6 +56,7 @@ class Gauging:
         self._last = Gauges(0, 0)
         self._looked_at: float | None = None
         self._climbing = True
+        self._used = True
         self._growth = GROWTH
         self._peak = 0.0
         self._preempted = 0.0
@@ -65,7 +66,7 @@ class Gauging:
     @property
     def interval_s(self) -> float:
         """After how many seconds to look again."""
-        return INTERVAL_CLIMBING_S if self._climbing else INTERVAL_S
+        return INTERVAL_CLIMBING_S if self._climbing and self._used else INTERVAL_S
 
     def fresh_until(self, now: float) -> float:
         """Return until when a look at this time counts."""
@@ -84,11 +85,12 @@ class Gauging:
         preempted = 0 if first else max(0, gauges.preemptions - last.preemptions)
         self._preempted = self._preempted * REMEMBERED + preempted
         self._answered = self._answered * REMEMBERED + answers
+        self._used = in_flight >= USED * limit
         thrashes = self._preempted > PREEMPTED_PER_ANSWER_MAX * self._answered
         if thrashes and preempted > PREEMPTED_SHARE_MAX * gauges.running * since_s / INTERVAL_S:
             return self._after_excess(now, gauges, limit, in_flight)
         if gauges.waiting == 0:
-            return self._grown(limit) if in_flight >= USED * limit and now >= self._hold_until else limit
+            return self._grown(limit) if self._used and now >= self._hold_until else limit
         if gauges.running > last.running * RISING:
             return limit
         self._climbing = False
