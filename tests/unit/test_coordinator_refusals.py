@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from pronghorn.checking import InputChecker
 from pronghorn.clock import SystemClock
 from pronghorn.control import coordinator as module
+from pronghorn.control import validations
 from pronghorn.control.coordinator import Coordinator
 from pronghorn.control.finalizer import Finalizer
 from pronghorn.control.planner import Planner
@@ -239,7 +240,7 @@ def done(shard: Shard) -> Done:
 async def test_a_batch_whose_input_cannot_be_read_waits_and_says_why_while_others_are_validated(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BROKEN_WAIT_S", 0.01)
+    monkeypatch.setattr(validations, "VALIDATION_WAIT_S", 0.01)
     metadata, files, ended = Metadata(database), Files(database), asyncio.Event()
     coordinating = await coordinator(metadata, database, tmp_path, batch_ended=ended.set)
     for name in ("unreadable", "readable"):

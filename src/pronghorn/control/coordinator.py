@@ -10,27 +10,26 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
 from pronghorn.clock import Clock
 from pronghorn.control.crew import CrewMember, Event, Gone, Held, Reported, Route
 from pronghorn.control.finalizer import Finalizer
+from pronghorn.control.open_batch import HeldBack, OpenBatch, PutAside
 from pronghorn.control.planner import Planner
+from pronghorn.control.validations import Validations
 from pronghorn.domain.fairness import Candidate, FairShare
 from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import (
     Batch,
     BatchStatus,
-    BlobRef,
     Closing,
     Endpoint,
     Job,
     Parts,
-    Progress,
     Replica,
     Shard,
     ShardKey,
@@ -51,23 +50,13 @@ log = logging.getLogger("pronghorn.coordinator")
 TICK_S = 0.5
 # Shards with unsent lines that a worker holds for one set of replicas: one being sent, one ready behind it.
 UNSENT_SHARDS_MAX = 2
-# How often a batch's counts are written while it runs, and after how long without one it is said to stand still.
-SHOW_INTERVAL_S = 0.5
+# After how long without an outcome a batch is said to stand still.
+STALLED_S = 10.0
 # After showing progress the coordinator does other things for so many times as long.
 SHOW_PAUSE_SHARE = 10
-STALLED_S = 10.0
 NO_ENGINE: Route = ()
 # A shard that the disk refused is not handed out again at once, and others go before it meanwhile.
 BROKEN_WAIT_S = 5.0
-# An input that cannot be read is read from its beginning each time, and others are validated meanwhile.
-VALIDATION_WAIT_S_MAX = 300.0
-
-
-class _Postponed(NamedTuple):
-    """A validation that failed for reasons that are not the input's: how often in a row, and until when it waits."""
-
-    times: int
-    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,45 +65,6 @@ class _Unsent:
 
     key: ShardKey
     epoch: int
-
-
-@dataclass(slots=True)
-class _Aside:
-    """A shard that lacks nothing but copies of lines in shards that are not done: it belongs to no worker meanwhile."""
-
-    epoch: int
-    missing: set[int]
-
-
-@dataclass(slots=True)
-class _HeldBack:
-    """A shard that could not be read, until when no worker gets it again."""
-
-    epoch: int
-    until: float
-
-
-@dataclass(slots=True)
-class _Open:
-    """A planned batch that has not ended: what is done, what is under way."""
-
-    batch: Batch
-    job: Job
-    blobs: list[BlobRef]
-    done: Tally
-    unfinished: int
-    pace: Pace
-    live: dict[ShardKey, Tally] = field(default_factory=dict)
-    waiting: bool = True
-    aside: dict[ShardKey, _Aside] = field(default_factory=dict)
-    held_back: dict[ShardKey, _HeldBack] = field(default_factory=dict)
-    broken: str | None = None
-    shown: tuple[Tally, Progress | None] = (Tally(), None)
-    shown_at: float = float("-inf")
-
-    @property
-    def tally(self) -> Tally:
-        return sum(self.live.values(), self.done)
 
 
 class Coordinator:
@@ -139,7 +89,7 @@ class Coordinator:
         self._files = files
         self._segments = segments
         self._engines = engines
-        self._planner = planner
+        self._validations = Validations(planner, metadata, clock, self._validated)
         self._finalizer = finalizer
         self._clock = clock
         self._batch_ended = batch_ended
@@ -149,9 +99,7 @@ class Coordinator:
             CrewMember(executor, configure, partial(self._share_of_replicas, index), self._take)
             for index in range(workers)
         ]
-        self._open: dict[str, _Open] = {}
-        self._planning: dict[str, asyncio.Task[None]] = {}
-        self._postponed: dict[str, _Postponed] = {}
+        self._open: dict[str, OpenBatch] = {}
         self._paused: dict[CrewMember, list[Paused]] = {}
         self._putting_off: dict[CrewMember, list[Paused]] = {}
         self._shares: dict[Route, FairShare] = {}
@@ -196,10 +144,8 @@ class Coordinator:
             await self._take_events()
             crew.result()
         finally:
-            for task in self._planning.values():
-                task.cancel()
             self.stop(0)
-            await asyncio.gather(crew, *self._planning.values(), return_exceptions=True)
+            await asyncio.gather(crew, self._validations.close(), return_exceptions=True)
 
     # Events
 
@@ -272,13 +218,13 @@ class Coordinator:
                 done = await self._metadata.parts_of(key.batch_id, missing)
                 member.held.pop(key, None)
                 if batch := self._open.get(key.batch_id):
-                    batch.aside[key] = _Aside(epoch, set(missing) - done.keys())
+                    batch.aside[key] = PutAside(epoch, set(missing) - done.keys())
             case Broken(key, epoch, reason):
                 log.error("shard %d of %s: %s", key.position, key.batch_id, reason)
                 member.held.pop(key, None)
                 if batch := self._open.get(key.batch_id):
                     batch.broken = reason
-                    batch.held_back[key] = _HeldBack(epoch, self._clock.monotonic() + BROKEN_WAIT_S)
+                    batch.held_back[key] = HeldBack(epoch, self._clock.monotonic() + BROKEN_WAIT_S)
                 else:
                     await self._release(key, epoch)
 
@@ -298,7 +244,7 @@ class Coordinator:
             for aside in batch.aside.values():
                 aside.missing.discard(done.key.position)
 
-    async def _take_up_again(self, batch: _Open) -> None:
+    async def _take_up_again(self, batch: OpenBatch) -> None:
         """Give the shards that lack nothing any more, or have been held back, to whichever worker is next."""
         now = self._clock.monotonic()
         for key, aside in list(batch.aside.items()):
@@ -340,8 +286,7 @@ class Coordinator:
                 log.info("changed meanwhile, looked at again soon: %s", fenced)
         for batch_id in self._open.keys() - {state.id for state in states}:
             del self._open[batch_id]
-        for batch_id in self._postponed.keys() - {state.id for state in states}:
-            del self._postponed[batch_id]
+        self._validations.forget_others({state.id for state in states})
         await self._hand_out()
         await self._show_progress()
 
@@ -350,7 +295,7 @@ class Coordinator:
         if self._is_due(state):
             return True
         if state.status is BatchStatus.VALIDATING:
-            return self._may_plan(state.id)
+            return self._validations.may_start(state.id)
         opened = self._open.get(state.id)
         if opened is None or opened.unfinished == 0 or opened.aside or opened.held_back:
             return True
@@ -364,12 +309,12 @@ class Coordinator:
     async def _look_at(self, batch: Batch) -> None:
         batch = await self._expire_if_due(batch)
         if batch.status is BatchStatus.VALIDATING:
-            self._start_planning(batch)
+            self._validations.start(batch)
         elif batch.status is BatchStatus.EXPIRED:
-            self._stop_planning(batch)
+            self._validations.stop(batch.id)
             self._batch_ended()
         else:
-            self._stop_planning(batch)
+            self._validations.stop(batch.id)
             opened = await self._opened(batch)
             if batch.closing is not None and opened.batch.closing is None:
                 self._close(batch, batch.closing)
@@ -387,58 +332,18 @@ class Coordinator:
         status = BatchStatus.EXPIRED if validating else BatchStatus.FINALIZING
         return await self._metadata.advance(batch, status, self._clock.now(), closing=Closing.EXPIRED)
 
-    def _may_plan(self, batch_id: str) -> bool:
-        """Validate one batch at a time: it takes a core, and the order of creation is kept but for those that wait."""
-        postponed = self._postponed.get(batch_id)
-        return not self._planning and (postponed is None or self._clock.monotonic() >= postponed.until)
-
-    def _start_planning(self, batch: Batch) -> None:
-        if self._may_plan(batch.id):
-            task = asyncio.create_task(self._plan(batch))
-            self._planning[batch.id] = task
-            task.add_done_callback(lambda _: self._planned(batch.id))
-
-    async def _plan(self, batch: Batch) -> None:
-        """Validate a batch; one that cannot be validated now waits, and says why, while others go on."""
-        try:
-            await self._planner.validate(batch)
-        except StorageError as error:
-            log.error("%s cannot be validated now: %s", batch.id, error)
-            await self._postpone(batch, str(error))
-        except Exception:
-            log.exception("%s cannot be validated now", batch.id)
-            await self._postpone(batch, "an error of the server itself, which its log describes")
-        else:
-            self._postponed.pop(batch.id, None)
-
-    async def _postpone(self, batch: Batch, reason: str) -> None:
-        times = self._postponed.get(batch.id, _Postponed(0, 0.0)).times + 1
-        wait_s = min(VALIDATION_WAIT_S_MAX, BROKEN_WAIT_S * 2 ** min(times - 1, 10))
-        self._postponed[batch.id] = _Postponed(times, self._clock.monotonic() + wait_s)
-        since = (batch.progress and batch.progress.stalled_since) or self._clock.now()
-        shown = Progress(reason=f"the input cannot be validated now: {reason}", stalled_since=since)
-        try:
-            await self._metadata.record_progress([(batch.id, Tally(), shown)])
-        except StorageError as error:
-            log.error("why %s waits cannot be shown: %s", batch.id, error)
-
-    def _planned(self, batch_id: str) -> None:
-        del self._planning[batch_id]
+    def _validated(self) -> None:
         self._batch_ended()  # which is so if it failed
         self.wake()
 
-    def _stop_planning(self, batch: Batch) -> None:
-        if batch.id in self._planning:
-            self._planning[batch.id].cancel()
-
-    async def _opened(self, batch: Batch) -> _Open:
+    async def _opened(self, batch: Batch) -> OpenBatch:
         if batch.id not in self._open:
             done, unfinished = await self._metadata.shard_progress(batch.id)
             job = await self._metadata.job(batch.job_id, batch.account_id)
             blobs = await self._files.blobs(batch.input_file_id)
             weight = job or Job(batch.job_id, batch.account_id, "", 1, 0)
-            pace = Pace(self._clock.monotonic(), done.lines, _tokens(done))
-            self._open[batch.id] = _Open(batch, weight, blobs, done, unfinished, pace)
+            pace = Pace(self._clock.monotonic(), done.lines, done.tokens)
+            self._open[batch.id] = OpenBatch(batch, weight, blobs, done, unfinished, pace)
         return self._open[batch.id]
 
     def _close(self, batch: Batch, closing: Closing) -> None:
@@ -463,7 +368,7 @@ class Coordinator:
 
     async def _hand_out(self) -> None:
         """Keep every worker supplied, for each set of replicas that batches wait for."""
-        waiting: dict[Route, list[_Open]] = {}
+        waiting: dict[Route, list[OpenBatch]] = {}
         routes: dict[tuple[Endpoint, str | None], Route] = {}
         for batch in self._open.values():
             if not batch.waiting:
@@ -492,7 +397,7 @@ class Coordinator:
         members = list(unsent)
         return [members[index] for _, index in sorted(slots)]
 
-    async def _supply(self, member: CrewMember, route: Route, batches: list[_Open]) -> None:
+    async def _supply(self, member: CrewMember, route: Route, batches: list[OpenBatch]) -> None:
         """Give a worker the next shard in fair order, if one still waits."""
         share = self._shares.setdefault(route, FairShare())
         while candidate := share.pick([_candidate(batch) for batch in batches if batch.waiting]):
@@ -530,39 +435,15 @@ class Coordinator:
         started = self._clock.monotonic()
         if started < self._show_at:
             return
-        news = [shown for opened in self._open.values() if (shown := self._news(opened, started)) is not None]
-        if news:
-            await self._metadata.record_progress(news)
+        stamp = self._clock.now()
+        due = [opened for opened in self._open.values() if opened.note_pace(started)]
+        news = [opened.news(started, stamp, self._reason(opened, started)) for opened in due]
+        if any(news):
+            await self._metadata.record_progress([shown for shown in news if shown is not None])
         now = self._clock.monotonic()
         self._show_at = now + (now - started) * SHOW_PAUSE_SHARE
 
-    def _news(self, opened: _Open, now: float) -> tuple[str, Tally, Progress] | None:
-        if now - opened.shown_at < SHOW_INTERVAL_S:
-            return None
-        batch, tally = opened.batch, opened.tally.at_least(opened.batch.tally)
-        opened.pace.note(now, tally.lines, _tokens(tally))
-        progress = self._progress(opened, now, tally)
-        if (tally, progress) == opened.shown:
-            return None
-        opened.shown, opened.shown_at = (tally, progress), now
-        return batch.id, tally, progress
-
-    def _progress(self, opened: _Open, now: float, tally: Tally) -> Progress:
-        speed = opened.pace.speed(opened.batch.total - tally.lines)
-        reason = self._reason(opened, now)
-        since = int(self._clock.now() - (now - opened.pace.moved_at)) if reason else None
-        if speed is None:
-            return Progress(reason=reason, stalled_since=since)
-        return Progress(
-            lines_per_second=round(speed.lines_per_s, 2),
-            tokens_per_second=round(speed.tokens_per_s, 1),
-            eta_seconds_min=None if speed.eta_s_min is None else round(speed.eta_s_min),
-            eta_seconds_max=None if speed.eta_s_max is None else round(speed.eta_s_max),
-            reason=reason,
-            stalled_since=since,
-        )
-
-    def _reason(self, opened: _Open, now: float) -> str | None:
+    def _reason(self, opened: OpenBatch, now: float) -> str | None:
         """Say why a batch does not move, or None while it does."""
         if opened.broken is not None:
             return opened.broken
@@ -586,9 +467,5 @@ class Coordinator:
         return f"lines are with the engine ({', '.join(route)}), which has not answered one for {STALLED_S:.0f} s"
 
 
-def _tokens(tally: Tally) -> int:
-    return tally.usage.input_tokens + tally.usage.output_tokens
-
-
-def _candidate(batch: _Open) -> Candidate:
+def _candidate(batch: OpenBatch) -> Candidate:
     return Candidate(batch.batch.id, batch.job.id, batch.job.weight, batch.batch.expires_at, batch.batch.order)

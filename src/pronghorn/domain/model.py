@@ -100,6 +100,10 @@ class Tally(msgspec.Struct, frozen=True):
     def lines(self) -> int:
         return self.completed + self.failed + self.unrun
 
+    @property
+    def tokens(self) -> int:
+        return self.usage.input_tokens + self.usage.output_tokens
+
     def at_least(self, other: Tally) -> Tally:
         """Return the larger of each count, so that what people watch never runs backwards."""
         return Tally(

@@ -7,10 +7,8 @@ release a shard that is no longer held changes nothing. A claim reads and writes
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,29 +19,35 @@ from pronghorn.domain.causes import Cause, merge
 from pronghorn.domain.lifecycle import TERMINAL, may_follow, stamp_of
 from pronghorn.domain.model import (
     Batch,
-    BatchStamps,
     BatchStatus,
     BlobRef,
     Closing,
-    Copy,
-    Endpoint,
     File,
     Job,
-    OnInvalid,
     Parts,
     Progress,
-    Reject,
     Shard,
     ShardKey,
     ShardResult,
     ShardState,
     Tally,
-    Usage,
 )
 from pronghorn.domain.planning import Plan
 from pronghorn.errors import Fenced, KeyReused, invariant
-from pronghorn.limits import KIB, PROBLEMS_OF_LISTED_BATCH_MAX
+from pronghorn.limits import KIB
 from pronghorn.storage.database import Database
+from pronghorn.storage.rows import (
+    TALLY_COLUMNS,
+    as_created,
+    batch_of,
+    batch_values,
+    decoded,
+    job_of,
+    shard_of,
+    tally_of,
+    tally_values,
+    with_first_problems,
+)
 from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
 from pronghorn.storage.webhooks import enqueue_event
 
@@ -51,7 +55,6 @@ from pronghorn.storage.webhooks import enqueue_event
 INSERT_ROWS_MAX = 200
 # So much of a batch's problems is read for a listing; that many have 15 KB unless a line names its model at length.
 PROBLEMS_OF_LISTED_BATCH_BYTES_MAX = 64 * KIB
-_JSON = json.JSONDecoder()
 
 
 class Page(NamedTuple):
@@ -112,7 +115,7 @@ class Metadata:
         """Return a job of this account; another account's is as good as none."""
         query = jobs.select().where(jobs.c.id == job_id, jobs.c.account_id == account_id)
         row = await self._database.read(lambda c: c.execute(query).mappings().first())
-        return _job(row) if row else None
+        return job_of(row) if row else None
 
     async def jobs(self, account_id: str | None = None) -> list[Job]:
         """Return jobs, oldest first."""
@@ -120,7 +123,7 @@ class Metadata:
         if account_id is not None:
             query = query.where(jobs.c.account_id == account_id)
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
-        return [_job(row) for row in rows]
+        return [job_of(row) for row in rows]
 
     # Batches
 
@@ -134,7 +137,7 @@ class Metadata:
         def write(connection: sa.Connection) -> Batch:
             if idempotency is not None and (known := _of_request(connection, batch.account_id, idempotency)):
                 return known
-            statement = batches.insert().values(**_new_batch(batch, idempotency)).returning(batches.c.order)
+            statement = batches.insert().values(**batch_values(batch), **_named(idempotency)).returning(batches.c.order)
             return msgspec.structs.replace(batch, order=connection.execute(statement).scalar_one())
 
         return await self._database.write(write)
@@ -165,7 +168,7 @@ class Metadata:
                     return None
                 query = query.where(batches.c.order < order)
             rows = connection.execute(query.order_by(batches.c.order.desc()).limit(limit + 1)).mappings().all()
-            return Page([_with_first_problems(_batch(row)) for row in rows[:limit]], len(rows) > limit)
+            return Page([with_first_problems(batch_of(row)) for row in rows[:limit]], len(rows) > limit)
 
         return await self._database.read(read)
 
@@ -174,7 +177,7 @@ class Metadata:
         ended = [status.value for status in TERMINAL]
         query = batches.select().where(batches.c.status.not_in(ended)).order_by(batches.c.order)
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
-        return [_batch(row) for row in rows]
+        return [batch_of(row) for row in rows]
 
     async def open_states(self) -> list[OpenState]:
         """Return where every batch that has not ended stands, oldest first; thousands are read in a moment."""
@@ -256,7 +259,7 @@ class Metadata:
             if errors is not None and done["error_bytes"]:
                 _file_of_parts(connection, errors, batch.id, shards.c.error_key, shards.c.error_bytes)
                 file_ids["error_file_id"] = errors.id
-            tally = {name: done[name] for name in _TALLY_COLUMNS}
+            tally = {name: done[name] for name in TALLY_COLUMNS}
             found = msgspec.json.encode(_causes(connection, batch.id))
             _advance(connection, batch, status, now, progress=None, causes=found, **file_ids, **tally)
 
@@ -268,7 +271,7 @@ class Metadata:
 
         def write(connection: sa.Connection) -> None:
             for batch_id, tally, progress in shown:
-                values = {**_tally_values(tally), "progress": msgspec.json.encode(progress)}
+                values = {**tally_values(tally), "progress": msgspec.json.encode(progress)}
                 here = batches.c.id == batch_id, batches.c.status.not_in(ended)
                 connection.execute(batches.update().where(*here).values(**values))
 
@@ -299,7 +302,7 @@ class Metadata:
             )
             if row is None:
                 return None
-            shard = msgspec.structs.replace(_shard(row), state=ShardState.RUNNING, epoch=row["epoch"] + 1)
+            shard = msgspec.structs.replace(shard_of(row), state=ShardState.RUNNING, epoch=row["epoch"] + 1)
             here = shards.c.batch_id == batch_id, shards.c.position == shard.key.position
             values = {"state": shard.state.value, "epoch": shard.epoch}
             connection.execute(shards.update().where(*here).values(**values))
@@ -319,7 +322,7 @@ class Metadata:
             "error_key": result.errors.key if result.errors else None,
             "error_bytes": result.errors.bytes if result.errors else None,
             "causes": msgspec.json.encode(result.causes) if result.causes else None,
-            **_tally_values(result.tally),
+            **tally_values(result.tally),
         }
 
         def write(connection: sa.Connection) -> None:
@@ -332,7 +335,7 @@ class Metadata:
     async def shard_progress(self, batch_id: str) -> tuple[Tally, int]:
         """Return what the batch's done shards hold, and how many shards are not done."""
         row = await self._database.read(lambda c: c.execute(_shard_totals(batch_id)).mappings().one())
-        return _tally(row), row["unfinished"]
+        return tally_of(row), row["unfinished"]
 
     async def finished_parts(self, batch_id: str, result: Result) -> list[BlobRef]:
         """Return the parts of one result file from the batch's first shard up to the first that is not done."""
@@ -371,33 +374,7 @@ class Metadata:
 
     async def _one_batch(self, *where: sa.ColumnElement[bool]) -> Batch | None:
         row = await self._database.read(lambda c: c.execute(batches.select().where(*where)).mappings().first())
-        return _batch(row) if row else None
-
-
-_SET_AT_CREATION = (
-    "id",
-    "order",
-    "account_id",
-    "job_id",
-    "endpoint",
-    "input_file_id",
-    "completion_window",
-    "expires_at",
-    "metadata",
-    "on_invalid",
-    "retry_of",
-    "output_expires_after_s",
-    "deduplicate",
-)
-_TALLY_COLUMNS = (
-    "completed",
-    "failed",
-    "unrun",
-    "input_tokens",
-    "cached_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-)
+        return batch_of(row) if row else None
 
 
 _LISTED = sa.select(
@@ -406,25 +383,10 @@ _LISTED = sa.select(
 )
 
 
-def _new_batch(batch: Batch, idempotency: Idempotency | None) -> dict[str, Any]:
-    return {
-        "id": batch.id,
-        "account_id": batch.account_id,
-        "job_id": batch.job_id,
-        "endpoint": batch.endpoint.value,
-        "input_file_id": batch.input_file_id,
-        "completion_window": batch.completion_window,
-        "status": batch.status.value,
-        "created_at": batch.stamps.created_at,
-        "expires_at": batch.expires_at,
-        "metadata": None if batch.metadata is None else msgspec.json.encode(batch.metadata).decode(),
-        "on_invalid": batch.on_invalid.value,
-        "retry_of": batch.retry_of,
-        "output_expires_after_s": batch.output_expires_after_s,
-        "deduplicate": batch.deduplicate,
-        "idempotency_key": idempotency and idempotency.key,
-        "idempotency_digest": idempotency and idempotency.digest,
-    }
+def _named(idempotency: Idempotency | None) -> dict[str, Any]:
+    if idempotency is None:
+        return {}
+    return {"idempotency_key": idempotency.key, "idempotency_digest": idempotency.digest}
 
 
 def _of_request(connection: sa.Connection, account_id: str, idempotency: Idempotency) -> Batch | None:
@@ -434,15 +396,7 @@ def _of_request(connection: sa.Connection, account_id: str, idempotency: Idempot
         return None
     if known["idempotency_digest"] != idempotency.digest:
         raise KeyReused("an idempotency key has come with another request")
-    return _as_created(_batch(known))
-
-
-def _as_created(batch: Batch) -> Batch:
-    return Batch(
-        **{name: getattr(batch, name) for name in _SET_AT_CREATION},
-        status=BatchStatus.VALIDATING,
-        stamps=BatchStamps(created_at=batch.stamps.created_at),
-    )
+    return as_created(batch_of(known))
 
 
 def _advance(connection: sa.Connection, batch: Batch, status: BatchStatus, now: int, **values: Any) -> None:
@@ -470,7 +424,7 @@ def _shard_totals(batch_id: str) -> sa.Select[Any]:
     unfinished = sa.func.sum(sa.case((shards.c.state == done, 0), else_=1))
     sums = [
         sa.func.coalesce(sa.func.sum(shards.c[name]), 0).label(name)
-        for name in (*_TALLY_COLUMNS, "output_bytes", "error_bytes")
+        for name in (*TALLY_COLUMNS, "output_bytes", "error_bytes")
     ]
     return sa.select(sa.func.coalesce(unfinished, 0).label("unfinished"), *sums).where(shards.c.batch_id == batch_id)
 
@@ -485,80 +439,7 @@ def _file_of_parts(
     connection.execute(file_blobs.insert().from_select(["file_id", "position", "key", "bytes"], rows))
 
 
-def _tally_values(tally: Tally) -> dict[str, int]:
-    counts = {"completed": tally.completed, "failed": tally.failed, "unrun": tally.unrun}
-    return counts | msgspec.structs.asdict(tally.usage)
-
-
-def _tally(row: sa.RowMapping) -> Tally:
-    usage = Usage(row["input_tokens"], row["cached_tokens"], row["output_tokens"], row["reasoning_tokens"])
-    return Tally(row["completed"], row["failed"], row["unrun"], usage)
-
-
-def _job(row: sa.RowMapping) -> Job:
-    return Job(**{name: row[name] for name in Job.__struct_fields__})
-
-
-def _shard(row: sa.RowMapping) -> Shard:
-    return Shard(
-        key=ShardKey(row["batch_id"], row["position"]),
-        first_line=row["first_line"],
-        lines=row["lines"],
-        offset=row["offset"],
-        bytes=row["bytes"],
-        state=ShardState(row["state"]),
-        epoch=row["epoch"],
-        rejects=_decoded(row["rejects"], list[Reject]) or [],
-        copies=_decoded(row["copies"], list[Copy]) or [],
-    )
-
-
-def _batch(row: sa.RowMapping) -> Batch:
-    return Batch(
-        id=row["id"],
-        order=row["order"],
-        account_id=row["account_id"],
-        job_id=row["job_id"],
-        endpoint=Endpoint(row["endpoint"]),
-        input_file_id=row["input_file_id"],
-        completion_window=row["completion_window"],
-        status=BatchStatus(row["status"]),
-        stamps=BatchStamps(**{name: row[name] for name in BatchStamps.__struct_fields__}),
-        expires_at=row["expires_at"],
-        metadata=None if row["metadata"] is None else msgspec.json.decode(row["metadata"], type=dict[str, str]),
-        model=row["model"],
-        closing=None if row["closing"] is None else Closing(row["closing"]),
-        problems=row["problems"],
-        output_file_id=row["output_file_id"],
-        error_file_id=row["error_file_id"],
-        total=row["total"],
-        tally=_tally(row),
-        progress=_decoded(row["progress"], Progress),
-        causes=_decoded(row["causes"], list[Cause]),
-        on_invalid=OnInvalid(row["on_invalid"]),
-        retry_of=row["retry_of"],
-        output_expires_after_s=row["output_expires_after_s"],
-        deduplicate=row["deduplicate"],
-        copies=row["copies"],
-    )
-
-
-def _with_first_problems(batch: Batch) -> Batch:
-    """Return a batch with the first of its problems, of whose JSON the end may be cut off."""
-    if batch.problems is None:
-        return batch
-    text, end = batch.problems.decode(errors="ignore"), 0
-    with contextlib.suppress(ValueError):
-        for _ in range(PROBLEMS_OF_LISTED_BATCH_MAX):
-            _, end = _JSON.raw_decode(text, end + 1)  # after the opening bracket or a comma
-    return msgspec.structs.replace(batch, problems=f"[{text[1:end]}]".encode())
-
-
-def _decoded(value: bytes | None, kind: Any) -> Any:
-    return None if value is None else msgspec.json.decode(value, type=kind)
-
-
 def _causes(connection: sa.Connection, batch_id: str) -> list[Cause]:
     query = sa.select(shards.c.causes).where(shards.c.batch_id == batch_id, shards.c.causes.is_not(None))
     found = connection.scalars(query.order_by(shards.c.position))
-    return merge(cause for causes in found for cause in _decoded(causes, list[Cause]))
+    return merge(cause for causes in found for cause in decoded(causes, list[Cause]))
