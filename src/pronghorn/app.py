@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import secrets
 
@@ -13,10 +14,12 @@ import pronghorn
 from pronghorn.api import batches, faults, files, jobs, live, models, reruns, streams, uploads, webhooks, wire
 from pronghorn.api.launch import Launcher
 from pronghorn.domain.addresses import AllowedHosts
-from pronghorn.errors import TooLarge
+from pronghorn.errors import StorageError, TooLarge
 from pronghorn.limits import JSON_BODY_BYTES_MAX, LIVE_BODY_BYTES_MAX, UPLOAD_COMPLETE_BODY_BYTES_MAX
 from pronghorn.settings import Settings
 from pronghorn.system import System
+
+log = logging.getLogger("pronghorn.api")
 
 # Bodies of these routes stream to disk; where they have a bound, the route knows it.
 _STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
@@ -70,7 +73,7 @@ class _App(FastAPI):
     """An app all of whose answers have an id; to a bug the framework answers from outside of any middleware."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return _RequestId(super().build_middleware_stack())
+        return _RequestId(_BreakOff(super().build_middleware_stack()))
 
 
 class _RequestId:
@@ -86,6 +89,30 @@ class _RequestId:
             await send(message)
 
         await self._app(scope, receive, send_with_id if scope["type"] == "http" else send)
+
+
+class _BreakOff:
+    """Breaks an answer off, and says why, where storage fails after its first byte: no error can be answered then."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            # The framework wraps what it has a handler for and cannot answer any more.
+            reason = error.__cause__ if isinstance(error, RuntimeError) else error
+            if not started or not isinstance(reason, StorageError | OSError):
+                raise
+            log.error("%s %s breaks off: %s", scope["method"], scope["path"], reason)
 
 
 class _BodyLimit:
