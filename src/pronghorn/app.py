@@ -65,6 +65,7 @@ def create_app(system: System, settings: Settings) -> FastAPI:
         """Answer once the server takes requests."""
         return {"status": "ok"}
 
+    app.add_middleware(_BreakOff)
     app.add_middleware(_BodyLimit)
     return app
 
@@ -73,7 +74,7 @@ class _App(FastAPI):
     """An app all of whose answers have an id; to a bug the framework answers from outside of any middleware."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        return _RequestId(_BreakOff(super().build_middleware_stack()))
+        return _RequestId(super().build_middleware_stack())
 
 
 class _RequestId:
