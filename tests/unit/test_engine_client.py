@@ -21,6 +21,7 @@ import uvloop
 
 from pronghorn import __version__
 from pronghorn.domain.answers import Answer, Fault, FaultKind
+from pronghorn.engines import large_answers
 from pronghorn.engines.client import (
     AnswerCutError,
     AnswerStream,
@@ -31,6 +32,7 @@ from pronghorn.engines.client import (
     Timeouts,
 )
 from pronghorn.engines.connection import Connection
+from pronghorn.limits import KIB, MIB
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n4;x=y\r\n  []\r\n0\r\nStatus: 500\r\n\r\n"
@@ -582,6 +584,34 @@ async def test_too_large(data: bytes) -> None:
     fault, idle = await answered_with(data, answer_bytes_max=1000)
     assert isinstance(fault, Fault), fault
     assert (fault.kind, idle) == (FaultKind.TOO_LARGE, 0)
+
+
+@on_both_loops
+async def test_many_large_answers_together_stay_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, size = 8, MIB
+    monkeypatch.setattr(large_answers, "LARGE_ANSWERS_BYTES_MAX", 3 * size)
+    most = 0
+    grew = large_answers.LargeAnswers.grew
+
+    def watched(held: large_answers.LargeAnswers, connection: large_answers.Pausable, size: int) -> None:
+        nonlocal most
+        grew(held, connection, size)
+        most = max(most, held.bytes)
+
+    monkeypatch.setattr(large_answers.LargeAnswers, "grew", watched)
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode()
+    async with engine() as served:
+        client = served.client()
+        asked = [asyncio.create_task(client.request("POST", "/chat/completions", b"{}")) for _ in range(answers)]
+        peers = [await served.accept() for _ in asked]
+        for peer in peers:
+            await peer.answer(head + b"x" * (size // 2))
+        for peer in peers:
+            peer.writer.write(b"x" * (size // 2))
+        results = await asyncio.gather(*asked)
+    assert [isinstance(result, Answer) and len(result.body) for result in results] == [size] * answers
+    # Beyond the bound each connection has read once, up to 256 KiB.
+    assert 2 * size < most <= 3 * size + answers * 256 * KIB + size
 
 
 @on_both_loops

@@ -10,6 +10,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from pronghorn.domain.answers import Answer, Fault, FaultKind
 from pronghorn.engines.content_coding import TooMuchError, unpacked, without_bom
+from pronghorn.engines.large_answers import LARGE_BYTES
 from pronghorn.engines.request import Request
 
 if TYPE_CHECKING:
@@ -236,6 +237,8 @@ class Connection(asyncio.Protocol):
         limit = self._pool.answer_bytes_max
         if self._body_bytes > limit:
             self._stop_parser(FaultKind.TOO_LARGE, f"sent an answer of more than {limit} bytes")
+        if self._body_bytes > LARGE_BYTES:
+            self._pool.large_answers.grew(self, self._body_bytes)
         if not self._body:
             self._body = chunk
         elif isinstance(self._body, bytearray):
@@ -278,6 +281,7 @@ class Connection(asyncio.Protocol):
         """Settle a request, with the connection already free for what `done` sends next."""
         self._request = None
         request.connection = None
+        self._pool.large_answers.ended(self)
         self.resume()
         # An answer ahead of the end of its request comes from an engine that has stopped listening.
         if self._keep_alive and not (request.body and self.transport.get_write_buffer_size()):

@@ -9,6 +9,7 @@ from functools import partial
 
 from pronghorn.domain.answers import Answer, Fault, FaultKind
 from pronghorn.engines.connection import Connection
+from pronghorn.engines.large_answers import LargeAnswers
 from pronghorn.engines.request import Done, Request, Timeouts
 from pronghorn.engines.request_head import Address
 from pronghorn.errors import is_out_of_files
@@ -37,6 +38,7 @@ class ConnectionPool:
         self.idle_connection_s = idle_connection_s
         self.connections: set[Connection] = set()
         self.idle: list[Connection] = []
+        self.large_answers = LargeAnswers()
         self.stale_retries = 0
         self.doubts_repeats = True
         self.closed = False
@@ -100,6 +102,7 @@ class ConnectionPool:
     def left(self, connection: Connection) -> None:
         self.connections.discard(connection)
         self.leave_idle(connection)
+        self.large_answers.ended(connection)
         if not self.connections:
             self._drained.set()
 
