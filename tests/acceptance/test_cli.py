@@ -99,6 +99,7 @@ def test_run_exits_2_and_lists_every_bad_line(tmp_path: Path, engine: ScriptedPr
     ("arguments", "complaint"),
     [
         (("run", "-i", "missing.jsonl", "-o", "out.jsonl"), "there is no file missing.jsonl"),
+        (("run", "-i", "/proc/self/mem", "-o", "out.jsonl"), "cannot read /proc/self/mem: Input/output error"),
         (("serve", "--config", "missing.toml"), "cannot read missing.toml"),
         (("serve", "--upstream", "ftp://x"), "is not an http:// or https:// URL"),
         (("serve", "--upstream", "http://user:secret@x"), "holds no user name or password"),
@@ -133,6 +134,24 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, number: sig
         wasted = ledger["requests"] - lines
         assert wasted <= (ledger["max_in_flight"] if number is signal.SIGKILL else 0)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == lines
+
+
+def test_results_that_cannot_be_written_are_written_by_the_same_command_later(
+    tmp_path: Path, engine: ScriptedProcess
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(batch_input(20))
+    command = ("run", "-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--upstream", engine.base_url)
+    in_the_way = tmp_path / "out.jsonl.part"
+    in_the_way.mkdir()
+    ran = pronghorn_command(*command, home=tmp_path)
+    assert ran.returncode == 1
+    complaint = f"pronghorn: cannot write {tmp_path / 'out.jsonl'}: Is a directory; every line has been run"
+    assert complaint in ran.stderr
+    assert "Traceback" not in ran.stderr
+    in_the_way.rmdir()
+    assert pronghorn_command(*command, home=tmp_path).returncode == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 20
+    assert engine.ledger()["requests"] == 20
 
 
 def test_jobs_and_models_ask_the_server(tmp_path: Path, engine: ScriptedProcess) -> None:

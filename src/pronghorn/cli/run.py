@@ -31,7 +31,7 @@ from pronghorn.domain.model import (
     File,
     Job,
 )
-from pronghorn.errors import Fenced, StorageError, UsageError, invariant
+from pronghorn.errors import Fenced, PronghornError, StorageError, UsageError, invariant
 from pronghorn.limits import FILE_CHUNK_BYTES
 from pronghorn.settings import Settings, default_data_dir
 from pronghorn.storage.durable import sync_directory
@@ -40,6 +40,10 @@ from pronghorn.system import System, running
 SUCCEEDED, STOPPED, INVALID, SOME_FAILED = 0, 1, 2, 3
 POLL_INTERVAL_S = 0.2
 JOB_ID = "job-run"
+
+
+class NotWritten(PronghornError):
+    """A result file cannot be put where the user wants it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,7 @@ def state_dir(paths: Paths) -> Path:
 
 def run(paths: Paths, settings: Settings, *, deduplicate: bool = False) -> int:
     """Run a file's lines and return the exit status."""
-    if not paths.input.is_file():
-        raise UsageError(f"there is no file {paths.input}")
-    _check_targets(paths)
+    _check_paths(paths)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     status = uvloop.run(_run(paths, settings, deduplicate))
     if status in (SUCCEEDED, SOME_FAILED, INVALID) and Path(settings.data_dir) == state_dir(paths):
@@ -80,8 +82,15 @@ def run(paths: Paths, settings: Settings, *, deduplicate: bool = False) -> int:
     return status
 
 
-def _check_targets(paths: Paths) -> None:
-    """Raise UsageError for results that could not be written, or would overwrite what is needed."""
+def _check_paths(paths: Paths) -> None:
+    """Raise UsageError for an input that cannot be read, and results that could not be written or would overwrite."""
+    if not paths.input.is_file():
+        raise UsageError(f"there is no file {paths.input}")
+    try:
+        with paths.input.open("rb") as source:
+            source.read(1)
+    except OSError as error:
+        raise UsageError(f"cannot read {paths.input}: {error.strerror}") from error
     errors = paths.errors or paths.errors_beside_output
     if len({path.resolve() for path in (paths.input, paths.output, errors)}) < 3:
         raise UsageError("input, output and errors must be three different files")
@@ -90,6 +99,8 @@ def _check_targets(paths: Paths) -> None:
             raise UsageError(f"{target} is a directory; name a file")
         if not target.parent.is_dir():
             raise UsageError(f"there is no directory {target.parent} to write {target.name} to")
+        if not os.access(target.parent, os.W_OK):
+            raise UsageError(f"cannot write {target.name} to {target.parent}: it is not writable")
 
 
 async def _run(paths: Paths, settings: Settings, deduplicate: bool) -> int:
@@ -313,17 +324,24 @@ async def _forget(system: System, batch: Batch) -> None:
 
 
 async def _export(system: System, file_id: str | None, target: Path) -> None:
-    """Write a result file whole or not at all; no file id means no lines."""
+    """Write a result file whole or not at all; no file id means no lines.
+
+    Raises NotWritten, after which the same command tries again.
+    """
+    blobs = [] if file_id is None else await system.files.blobs(file_id)
+    content = system.blobs.read(blobs, 0, sum(blob.bytes for blob in blobs))
     scratch = target.with_name(target.name + ".part")
-    with scratch.open("wb") as copy:
-        if file_id is not None:
-            blobs = await system.files.blobs(file_id)
-            async for chunk in system.blobs.read(blobs, 0, sum(blob.bytes for blob in blobs)):
+    try:
+        with scratch.open("wb") as copy:
+            async for chunk in content:
                 await asyncio.to_thread(copy.write, chunk)
-        copy.flush()
-        os.fsync(copy.fileno())
-    scratch.replace(target)
-    sync_directory(target.parent)
+            copy.flush()
+            os.fsync(copy.fileno())
+        scratch.replace(target)
+        sync_directory(target.parent)
+    except OSError as error:
+        reason = f"cannot write {target}: {error.strerror}; every line has been run, and the same command tries again"
+        raise NotWritten(reason) from error
 
 
 def _problems(batch: Batch, path: Path) -> Iterator[str]:
