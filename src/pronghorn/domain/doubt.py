@@ -16,7 +16,7 @@ SHARED_DEATHS_MAX = 2
 ALONE_DEATHS_MAX = 3
 # Where engines die again and again for reasons of their own, it is one, and the more of it has been seen the more it
 # takes to suspect a line.
-ACQUITTALS_MAX = 4
+ACQUITTALS_MAX = 3
 # One lost canary has met an engine that was just ending; so many show one that is there and loses what it gets.
 CANARIES_LOST_MAX = 3
 
