@@ -42,11 +42,11 @@ faults-tools: ## Install the Debian packages that the test beds of tests/faults 
 	@for tool in faketime mkfs.ext4; do command -v $$tool >/dev/null || missing=$$tool; done; \
 	  [ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q faketime e2fsprogs; }
 
-# make faults SCALE=ci takes a quarter of it; BEDS="power storm" runs only these; SEED=N repeats a run that printed N.
+# SCALE=long takes many hours; BEDS="power storm" runs only these; SEED=N repeats a run that printed N.
 .PHONY: faults
-faults: install faults-tools ## Run the test beds of tests/faults at length, for hours (root)
+faults: install faults-tools ## Run the test beds of tests/faults, for about an hour (root)
 	CI=true $(BIN)/python -m pytest -s $(if $(BEDS),$(BEDS:%=tests/faults/test_%.py),tests/faults) --timeout 7200 \
-	  --scale $(or $(SCALE),long) $(if $(SEED),--seed $(SEED))
+	  --scale $(or $(SCALE),ci) $(if $(SEED),--seed $(SEED))
 
 .PHONY: lint
 lint: install ## Check style, types and layering
