@@ -91,7 +91,12 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         Meta(gt=0, description="how long an engine that refuses the key, or whose quota is used up, is left alone"),
     ] = 300.0
     model_grace_s: Annotated[
-        float, Meta(ge=0, description="how long an engine that does not know a model is waited for before lines fail")
+        float,
+        Meta(
+            ge=0,
+            description="how long an engine that does not know a model, or is away while another fails lines, "
+            "is waited for before lines fail",
+        ),
     ] = 600.0
     answer_bytes_max: Annotated[int, Meta(ge=1024, description="largest answer of an engine, in bytes")] = 64 * MIB
     webhook_allow: Annotated[

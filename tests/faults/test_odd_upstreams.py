@@ -153,6 +153,34 @@ def test_one_bad_replica_of_two_spoils_no_line(tmp_path: Path, bad: Behaviour) -
         assert engines[0].asked.total() < LINES, "the bad one is left alone while the other answers"
 
 
+class Loading:
+    """Answers so many requests with 503, then is well."""
+
+    def __init__(self, times: int) -> None:
+        self._left = times
+
+    async def __call__(self, wire: Wire) -> None:
+        self._left -= 1
+        await (wire.answer(503, b'{"error": {"message": "loading"}}') if self._left >= 0 else wire.answer())
+
+
+async def cuts_short(wire: Wire) -> None:
+    await wire.answer(200, wire.fair_body[:-10])
+
+
+@pytest.mark.parametrize("bad", [fails, cuts_short])
+def test_one_bad_replica_of_two_spoils_no_line_while_the_other_is_away(tmp_path: Path, bad: Behaviour) -> None:
+    with running(bad, Loading(5)) as engines, serving(tmp_path, engines) as server:
+        batch = server.await_batch(server.create_batch(server.upload(batch_input(10)))["id"], timeout_s=90)
+        check_output(server, batch, 10)
+
+
+def test_a_replica_that_stays_away_is_waited_for_no_longer_than_is_set(tmp_path: Path) -> None:
+    with running(fails, Loading(10**9)) as engines, serving(tmp_path, engines, model_grace_s=0.5) as server:
+        batch = server.await_batch(server.create_batch(server.upload(batch_input(10)))["id"], timeout_s=90)
+        assert batch["request_counts"]["failed"] == 10
+
+
 async def limits_shortly(wire: Wire) -> None:
     await wire.answer(429, b'{"error": {"message": "slow down"}}', "Retry-After: 1")
 

@@ -49,3 +49,11 @@ def test_after_silence_any_answer_closes_it() -> None:
     breaker.trip(100.0, 10.0, "it hangs", silent=True)
     breaker.answered(50.0)
     assert breaker.reason is None
+
+
+def test_it_knows_since_when_it_has_let_nothing_but_probes_through() -> None:
+    breaker = tripped()
+    breaker.trip(110.0, 10.0, "the probe failed")
+    assert breaker.open_s(130.0) == 30.0
+    breaker.answered(130.0)
+    assert breaker.open_s(140.0) == 0.0

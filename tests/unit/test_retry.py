@@ -197,6 +197,27 @@ def test_a_line_that_a_living_engine_lost_is_charged(end: Failure) -> None:
     assert charge(lost, Effort(charged=ATTEMPTS_MAX)) == end
 
 
+@pytest.mark.parametrize(
+    ("of", "end"),
+    [
+        (answer(500), Failure()),
+        (answer(502), Failure()),
+        (answer(200, b"{"), NOT_JSON),
+        (answer(200, {}), EMPTY),
+    ],
+)
+def test_no_failure_is_the_last_while_another_engine_is_away(of: Answer, end: Failure) -> None:
+    spared = Effort(tries=9, charged=ATTEMPTS_MAX, spared=True)
+    assert verdict(of, spared) == Again(0.0, 30.0, costs_attempt=False, or_else=end)
+    assert charge(Lost(end, hung=False), spared) == Again(0.0, 30.0, costs_attempt=False, or_else=end)
+
+
+def test_an_engine_without_the_model_is_not_taken_at_its_word_while_another_is_away() -> None:
+    found = verdict(answer(404, error("model_not_found")), Effort(absent_s=1e9, spared=True))
+    assert isinstance(found, Pause)
+    assert found.model_only
+
+
 def test_an_unknown_model_is_waited_for_and_then_given_up() -> None:
     unknown, patience = answer(404, error("model_not_found")), Patience(model_grace_s=600)
     assert isinstance(judge(unknown, CHAT, Effort(absent_s=599), NOW, patience), Pause)

@@ -87,17 +87,20 @@ Verdict = Success | Failure | Again | Pause | Lost
 
 class Effort(NamedTuple):
     """What a line has had: `tries` counts all, this one included; `charged` those that use up its attempts;
-    `pauses` how often in a row the engine has been paused; `absent_s` for how long it has not known the model."""
+    `pauses` how often in a row the engine has been paused; `absent_s` for how long it has not known the model;
+    `spared` tells that an engine which has not failed the line is only away, so that no failure is its last."""
 
     tries: int = 1
     charged: int = 1
     pauses: int = 0
     absent_s: float = 0.0
+    spared: bool = False
 
 
 class Patience(NamedTuple):
     """How long an engine is waited for, in seconds: one that refuses access or is out of quota is left alone for
-    `refused_pause_s` at a time; one that does not know a model may take `model_grace_s` to learn it."""
+    `refused_pause_s` at a time; one that does not know a model may take `model_grace_s` to learn it, and one that is
+    away as long to come back, before lines that another has failed fail."""
 
     refused_pause_s: float = 300.0
     model_grace_s: float = 600.0
@@ -289,7 +292,7 @@ def _judge_refusal(
         case 401 | 403:
             reason = f"the engine refuses access with status {status}"
             return Pause(patience.refused_pause_s, patience.refused_pause_s, reason, or_else=Failure())
-        case 404 if effort.absent_s < patience.model_grace_s and _is_about_model(error):
+        case 404 if (effort.spared or effort.absent_s < patience.model_grace_s) and _is_about_model(error):
             reason = "the engine does not know the model (404)"
             wait_s = min(ABSENT_MODEL_PAUSE_S, patience.model_grace_s)
             return Pause(wait_s, wait_s, reason, or_else=Failure(), model_only=True)
@@ -336,6 +339,8 @@ def _doubled(times: int) -> float:
 def _retry_or(
     failure: Failure, effort: Effort, *, attempts_max: int = ATTEMPTS_MAX, wait_s_max: float = BACKOFF_S_MAX
 ) -> Failure | Again:
+    if effort.spared:
+        return Again(*backoff(effort.tries, LOADING_BACKOFF_S_MAX), costs_attempt=False, or_else=failure)
     if effort.charged >= attempts_max:
         return failure
     return Again(*backoff(effort.charged, wait_s_max), costs_attempt=True, or_else=failure)

@@ -240,6 +240,9 @@ class Dispatcher:
         absent_s = lane.absent_s(now, run.model) if lane.absent and not self._lanes.another_serves(lane, run) else 0.0
         effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
         verdict = retry.judge(answer, run.endpoint, effort, self._clock.wall(), self._patience)
+        if not isinstance(verdict, retry.Success) and self._lanes.another_is_away(lane, line, now):
+            spared = effort._replace(spared=True)
+            verdict = retry.judge(answer, run.endpoint, spared, self._clock.wall(), self._patience)
         refused = retry.shows_overload(answer)
         lane.window.answered(now, lane.in_flight + lane.live + lane.held, sent_at=sent_at, refused=refused)
         lane.in_flight -= 1
@@ -300,12 +303,12 @@ class Dispatcher:
         An engine that puts every line off gets no more than probes while another does not.
         """
         line.failed_at |= {lane.replica.name}
-        lane.failures_in_a_row += again.costs_attempt
+        lane.failures_in_a_row += again.or_else is not None
         lane.put_off_in_a_row += 1
         lane.complaint = retry.complaint(answer, again)
         if lane.puts_every_line_off and self._lanes.another_serves(lane, line.run):
             self._pause(lane, retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_ALL), line.run.model)
-        if not again.costs_attempt and self._lanes.can_go_elsewhere(line):
+        if again.or_else is None and self._lanes.can_go_elsewhere(line):
             again = again._replace(wait_s_min=0.0, wait_s_max=0.0)
         self._try_again(line, again, answer)
 
@@ -396,7 +399,8 @@ class Dispatcher:
             line.alone_deaths += line.alone
             self._suspect(line)
         else:
-            match retry.charge(lost, retry.Effort(line.tries, line.charged)):
+            spared = self._lanes.another_is_away(lane, line, self._clock.monotonic())
+            match retry.charge(lost, retry.Effort(line.tries, line.charged, spared=spared)):
                 case retry.Failure() as failure:
                     self._record(line, Fate.FAILED, Usage(), _failure(line, None, failure))
                 case retry.Again() as again:

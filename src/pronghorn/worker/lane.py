@@ -102,6 +102,10 @@ class Lane:
         absence = self.absent.get(model)
         return 0.0 if absence is None else now - absence.since
 
+    def away_s(self, now: float, model: str) -> float:
+        """Return for how long lines like this have not had their outcomes here because of the engine."""
+        return max(self.breaker.open_s(now), self.absent_s(now, model))
+
     def hold_place(self, wait_s: float) -> None:
         """Keep the place of a refused line for as long as an answer takes, or as the line waits if that is less.
 

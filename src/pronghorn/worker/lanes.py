@@ -68,21 +68,23 @@ class Lanes:
         """Return the replica with most room for the run's next line, while so many lines wait to be tried again.
 
         While some do, an engine that fails every line gets no new ones to spoil. A line that one replica has failed
-        goes to another.
+        goes to another, be it to probe it.
         """
         new = waiting > 0 and run.ready.next_is_new
         again = run.ready.next_put_back
         if (new and waiting >= WAITING_LINES_MAX) or sum(lane.in_flight for lane in self._lanes) > self._in_flight_max:
             return None
-        best, best_room = None, 0
+        best, best_room = None, (False, 0)
         for lane in self._lanes:
+            fresh = again is None or lane.replica.name not in again.failed_at
             if (
-                (room := lane.room(now, run.model)) > best_room
+                (room := lane.room(now, run.model)) > 0
+                and (fresh, room) > best_room
                 and lane.replica.answers(run.endpoint, run.model)
                 and not (new and lane.fails_every_line)
-                and not (again is not None and again.failed_at and self._is_shunned(lane, again))
+                and (fresh or again is None or not self.can_go_elsewhere(again))
             ):
-                best, best_room = lane, room
+                best, best_room = lane, (fresh, room)
         return best
 
     def emptiest(self, run: ShardRun) -> Lane | None:
@@ -99,14 +101,25 @@ class Lanes:
         """Tell whether another replica than this one serves the run's lines."""
         return any(other is not lane and other.serves(run.endpoint, run.model) for other in self._lanes)
 
+    def another_is_away(self, lane: Lane, line: Line, now: float) -> bool:
+        """Tell whether a line that this replica fails may yet have its outcome at one that is away, and at no other.
+
+        One that has been away for longer than `model_grace_s` is not waited for.
+        """
+        run, failed_at = line.run, line.failed_at | {lane.replica.name}
+        others = [
+            other
+            for other in self._lanes
+            if other.replica.name not in failed_at and other.replica.answers(run.endpoint, run.model)
+        ]
+        return not any(other.serves(run.endpoint, run.model) for other in others) and any(
+            other.away_s(now, run.model) < self._config.model_grace_s for other in others
+        )
+
     async def close(self) -> None:
         """Break off what is under way."""
         for lane in self._lanes:
             await lane.close()
-
-    def _is_shunned(self, lane: Lane, line: Line) -> bool:
-        """Tell whether a line has failed here and can still be tried at another replica."""
-        return lane.replica.name in line.failed_at and self.can_go_elsewhere(line)
 
     def _open(self, replica: Replica) -> Lane:
         key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
