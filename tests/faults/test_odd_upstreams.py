@@ -153,15 +153,19 @@ def test_one_bad_replica_of_two_spoils_no_line(tmp_path: Path, bad: Behaviour) -
         assert engines[0].asked.total() < LINES, "the bad one is left alone while the other answers"
 
 
-class Loading:
-    """Answers so many requests with 503, then is well."""
+class Away:
+    """Answers so many requests with a status, then is well."""
 
-    def __init__(self, times: int) -> None:
+    def __init__(self, status: int, times: int) -> None:
+        self._status = status
         self._left = times
 
     async def __call__(self, wire: Wire) -> None:
         self._left -= 1
-        await (wire.answer(503, b'{"error": {"message": "loading"}}') if self._left >= 0 else wire.answer())
+        if self._left < 0:
+            await wire.answer()
+        else:
+            await wire.answer(self._status, b'{"error": {"message": "not now"}}', "Retry-After: 1")
 
 
 async def cuts_short(wire: Wire) -> None:
@@ -169,14 +173,17 @@ async def cuts_short(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("bad", [fails, cuts_short])
-def test_one_bad_replica_of_two_spoils_no_line_while_the_other_is_away(tmp_path: Path, bad: Behaviour) -> None:
-    with running(bad, Loading(5)) as engines, serving(tmp_path, engines) as server:
+@pytest.mark.parametrize(("status", "times"), [(503, 5), (429, 50)])
+def test_one_bad_replica_of_two_spoils_no_line_while_the_other_answers_none(
+    tmp_path: Path, bad: Behaviour, status: int, times: int
+) -> None:
+    with running(bad, Away(status, times)) as engines, serving(tmp_path, engines) as server:
         batch = server.await_batch(server.create_batch(server.upload(batch_input(10)))["id"], timeout_s=90)
         check_output(server, batch, 10)
 
 
 def test_a_replica_that_stays_away_is_waited_for_no_longer_than_is_set(tmp_path: Path) -> None:
-    with running(fails, Loading(10**9)) as engines, serving(tmp_path, engines, model_grace_s=0.5) as server:
+    with running(fails, Away(503, 10**9)) as engines, serving(tmp_path, engines, model_grace_s=0.5) as server:
         batch = server.await_batch(server.create_batch(server.upload(batch_input(10)))["id"], timeout_s=90)
         assert batch["request_counts"]["failed"] == 10
 

@@ -78,3 +78,17 @@ async def test_a_replica_that_is_away_is_waited_for_as_long_as_one_that_lacks_a_
     assert not found.another_is_away(first, line, GRACE_S)
     assert not found.another_is_away(second, line, 0.0), "the first has failed the line"
     await found.close()
+
+
+async def test_a_line_goes_back_to_a_replica_that_only_limited_it_rather_than_to_one_that_failed_it(
+    tmp_path: Path,
+) -> None:
+    found = lanes()
+    first, second = found
+    run, line = failed_once(tmp_path)
+    line.limited_at = frozenset({SECOND.name})
+    second.in_flight = 3
+    assert not found.can_go_elsewhere(line), "it has to wait first"
+    assert found.another_is_away(first, line, 0.0)
+    assert found.roomiest(run, 0.0, 0) is second
+    await found.close()

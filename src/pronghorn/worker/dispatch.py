@@ -302,7 +302,10 @@ class Dispatcher:
 
         An engine that puts every line off gets no more than probes while another does not.
         """
-        line.failed_at |= {lane.replica.name}
+        if again.or_else is None:
+            line.limited_at |= {lane.replica.name}
+        else:
+            line.failed_at |= {lane.replica.name}
         lane.failures_in_a_row += again.or_else is not None
         lane.put_off_in_a_row += 1
         lane.complaint = retry.complaint(answer, again)
@@ -327,6 +330,8 @@ class Dispatcher:
             self._requeue(line)
 
     def _wait_is_over(self, line: Line) -> None:
+        if not self._lanes.can_go_elsewhere(line):
+            line.limited_at = frozenset()  # as long as it was asked to, the line has waited
         self._requeue(line)
         self.fill()
 

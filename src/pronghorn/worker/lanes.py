@@ -21,6 +21,8 @@ WAITING_LINES_MAX = 8192
 # Of the files that a process may have open, those that may be connections to engines: the others are for segments,
 # parts and inputs, without which no answer is kept.
 CONNECTIONS_SHARE = 0.5
+# What hope a line has in a replica; none in one that has failed it.
+LIMITED, FRESH = 1, 2
 
 
 class Lanes:
@@ -68,23 +70,24 @@ class Lanes:
         """Return the replica with most room for the run's next line, while so many lines wait to be tried again.
 
         While some do, an engine that fails every line gets no new ones to spoil. A line that one replica has failed
-        goes to another, be it to probe it.
+        goes to another, be it to probe it, and rather to one that has only limited it than back.
         """
         new = waiting > 0 and run.ready.next_is_new
         again = run.ready.next_put_back
         if (new and waiting >= WAITING_LINES_MAX) or sum(lane.in_flight for lane in self._lanes) > self._in_flight_max:
             return None
-        best, best_room = None, (False, 0)
+        best, best_room = None, (0, 0)
+        elsewhere = again is not None and self.can_go_elsewhere(again)
         for lane in self._lanes:
-            fresh = again is None or lane.replica.name not in again.failed_at
+            hope = FRESH if again is None else _hope(lane, again)
             if (
                 (room := lane.room(now, run.model)) > 0
-                and (fresh, room) > best_room
+                and (hope, room) > best_room
                 and lane.replica.answers(run.endpoint, run.model)
                 and not (new and lane.fails_every_line)
-                and (fresh or again is None or not self.can_go_elsewhere(again))
+                and not (elsewhere and hope < FRESH)
             ):
-                best, best_room = lane, (fresh, room)
+                best, best_room = lane, (hope, room)
         return best
 
     def emptiest(self, run: ShardRun) -> Lane | None:
@@ -93,28 +96,29 @@ class Lanes:
         return min(able, key=lambda lane: (lane.breaker.reason is not None, lane.in_flight), default=None)
 
     def can_go_elsewhere(self, line: Line) -> bool:
-        """Tell whether a replica that has not failed the line serves lines like it."""
-        run, failed_at = line.run, line.failed_at
-        return any(lane.replica.name not in failed_at and lane.serves(run.endpoint, run.model) for lane in self._lanes)
+        """Tell whether a replica that has neither failed nor limited the line serves lines like it."""
+        run = line.run
+        return any(_hope(lane, line) == FRESH and lane.serves(run.endpoint, run.model) for lane in self._lanes)
 
     def another_serves(self, lane: Lane, run: ShardRun) -> bool:
         """Tell whether another replica than this one serves the run's lines."""
         return any(other is not lane and other.serves(run.endpoint, run.model) for other in self._lanes)
 
     def another_is_away(self, lane: Lane, line: Line, now: float) -> bool:
-        """Tell whether a line that this replica fails may yet have its outcome at one that is away, and at no other.
+        """Tell whether a line that this replica fails has hope left in one that is away or limits it, and in no other.
 
         One that has been away for longer than `model_grace_s` is not waited for.
         """
-        run, failed_at = line.run, line.failed_at | {lane.replica.name}
+        run, limited_at = line.run, line.limited_at
         others = [
             other
             for other in self._lanes
-            if other.replica.name not in failed_at and other.replica.answers(run.endpoint, run.model)
+            if other is not lane and other.replica.answers(run.endpoint, run.model) and _hope(other, line)
         ]
-        return not any(other.serves(run.endpoint, run.model) for other in others) and any(
-            other.away_s(now, run.model) < self._config.model_grace_s for other in others
-        )
+        if any(other.replica.name not in limited_at and other.serves(run.endpoint, run.model) for other in others):
+            return False
+        grace_s = self._config.model_grace_s
+        return any(other.replica.name in limited_at or other.away_s(now, run.model) < grace_s for other in others)
 
     async def close(self) -> None:
         """Break off what is under way."""
@@ -134,6 +138,13 @@ class Lanes:
         if replica.window is None:
             lane.watching = self._spawn(lane.watch_gauges(headers, self._clock, self._changed))
         return lane
+
+
+def _hope(lane: Lane, line: Line) -> int:
+    """Return FRESH for a replica that may answer the line, less for one that limited it, 0 for one that failed it."""
+    if lane.replica.name in line.failed_at:
+        return 0
+    return LIMITED if lane.replica.name in line.limited_at else FRESH
 
 
 def _way(replica: Replica) -> tuple[str, int | None]:

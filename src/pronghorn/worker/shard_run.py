@@ -37,8 +37,9 @@ class Line:
 
     `tries` counts how often it was sent, `charged` those that use up its attempts, `deaths` the engine's ends that it
     was part of, `isolations_ended` how often it ran alone for so long that others joined it. `failed_at` holds the
-    names of the replicas that it is to be tried again after. `or_else` is its outcome if time runs out, with the answer
-    that it would show. `prompt` is its body from where the prompt begins, which decides on its place among others.
+    names of the replicas that have failed it, `limited_at` of those that have put it off without, until it has waited.
+    `or_else` is its outcome if time runs out, with the answer that it would show. `prompt` is its body from where the
+    prompt begins, which decides on its place among others.
     """
 
     __slots__ = (
@@ -51,6 +52,7 @@ class Line:
         "deaths",
         "failed_at",
         "isolations_ended",
+        "limited_at",
         "number",
         "or_else",
         "prompt",
@@ -74,6 +76,7 @@ class Line:
         self.alone = False
         self.isolations_ended = 0
         self.failed_at: frozenset[str] = frozenset()
+        self.limited_at: frozenset[str] = frozenset()
         self.call: Call | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.or_else: tuple[Failure, Answer | None] | None = None
