@@ -1,14 +1,22 @@
-"""What holds for every test: nothing blocks an event loop, and a failed property prints how to repeat it."""
+"""What holds for every test: nothing blocks an event loop, and a failed property prints how to repeat it.
+
+And what tests of several folders share: the databases, and the seed of a bed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
+from pronghorn.storage.database import Database
 from tests.beds import Bed, Scale
+from tests.storing import OpenDatabase, sqlite_at
 
 # A shared machine may be slow at any moment; what a property takes is not what it tests.
 hypothesis.settings.register_profile("pronghorn", deadline=None, print_blob=True)
@@ -31,6 +39,36 @@ def bed(request: pytest.FixtureRequest) -> Bed:
     bed = Bed(Scale(request.config.getoption("--scale")), request.config.getoption("--seed"))
     print(f"repeat with: --scale {bed.scale} --seed {bed.seed}")
     return bed
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file that holds the schema and nothing else: to copy it is faster than to migrate each test's."""
+    path = tmp_path_factory.mktemp("migrated") / "pronghorn.db"
+    asyncio.run(Database(sqlite_at(path)).close())
+    return path
+
+
+@pytest.fixture(params=["sqlite"])
+async def open_database(request: pytest.FixtureRequest, tmp_path: Path, migrated: Path) -> AsyncIterator[OpenDatabase]:
+    """Opens the same database again and again, as a server that starts again does; at most one is open."""
+    urls = {"sqlite": sqlite_at(Path(shutil.copy(migrated, tmp_path)))}
+    opened: list[Database] = []
+
+    async def open_it() -> Database:
+        while opened:
+            await opened.pop().close()
+        opened.append(await asyncio.to_thread(Database, urls[request.param]))
+        return opened[0]
+
+    yield open_it
+    for database in opened:
+        await database.close()
+
+
+@pytest.fixture
+async def database(open_database: OpenDatabase) -> Database:
+    return await open_database()
 
 
 @pytest.fixture(autouse=True)

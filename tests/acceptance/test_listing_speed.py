@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 from tests.faults.test_kill import batch_input
 from tests.processes import ScriptedProcess, Server
+from tests.storing import sqlite_at
 
 from pronghorn.domain.causes import Cause
 from pronghorn.domain.model import DEFAULT_ACCOUNT, Job
@@ -63,7 +64,7 @@ def file_rows() -> list[dict[str, Any]]:
 
 async def fill(data_dir: Path) -> None:
     """Make the database of a server that has long been in use, in one transaction."""
-    database = Database(sa.URL.create("sqlite", database=str(data_dir / "pronghorn.db")))
+    database = Database(sqlite_at(data_dir / "pronghorn.db"))
     metadata = Metadata(database)
     await metadata.add_account(DEFAULT_ACCOUNT, "default", CREATED_AT)
     await metadata.add_job(Job("job-test", DEFAULT_ACCOUNT, "test", 1, CREATED_AT))

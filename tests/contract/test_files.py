@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import pytest
 
 from pronghorn.checking import InputChecker
 from pronghorn.control.maintenance import Maintenance
-from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File, Job
+from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File
 from pronghorn.domain.planning import Rejection
 from pronghorn.engines.base import EnginePool
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.uploads import Uploads
 from pronghorn.storage.webhooks import Webhooks
-from tests.contract.test_uploads import ACCOUNT, START, World
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    world = await asyncio.to_thread(World, tmp_path)
-    metadata = Metadata(world.database)
-    await metadata.add_account(ACCOUNT, "ours", START)
-    await metadata.add_job(Job("job-1", ACCOUNT, "default", 1, START))
-    yield world
-    await world.database.close()
+from tests.contract.world import ACCOUNT, START, World
+from tests.storing import new_batch
 
 
 async def add(world: World, name: str, *, expires_at: int | None = None) -> File:
@@ -42,21 +31,10 @@ async def add(world: World, name: str, *, expires_at: int | None = None) -> File
 
 
 async def add_batch(world: World, file: File) -> Batch:
-    return await Metadata(world.database).add_batch(
-        Batch(
-            id=f"batch_{file.id}",
-            order=0,
-            account_id=ACCOUNT,
-            job_id="job-1",
-            endpoint=Endpoint.EMBEDDINGS,
-            input_file_id=file.id,
-            completion_window="unlimited",
-            status=BatchStatus.VALIDATING,
-            stamps=BatchStamps(START),
-            expires_at=None,
-            metadata=None,
-        )
+    batch = new_batch(
+        f"batch_{file.id}", START, account_id=ACCOUNT, endpoint=Endpoint.EMBEDDINGS, input_file_id=file.id
     )
+    return await Metadata(world.database).add_batch(batch)
 
 
 async def test_a_file_goes_with_its_bytes_when_its_time_is_over(world: World) -> None:

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from pronghorn.clock import SystemClock
 from pronghorn.control.finalizer import Finalizer
-from pronghorn.domain.model import BlobRef, Job, ShardKey, ShardResult, Tally
+from pronghorn.domain.model import BlobRef, ShardKey, ShardResult, Tally
 from pronghorn.domain.planning import Plan, PlannedShard
 from pronghorn.errors import Fenced
 from pronghorn.ids import RandomIds
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.segments import Segments
 from tests.contract.test_files import add, add_batch
-from tests.contract.test_uploads import ACCOUNT, START, World
-
-
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    world = await asyncio.to_thread(World, tmp_path)
-    metadata = Metadata(world.database)
-    await metadata.add_account(ACCOUNT, "ours", START)
-    await metadata.add_job(Job("job-1", ACCOUNT, "default", 1, START))
-    yield world
-    await world.database.close()
+from tests.contract.world import START, World
 
 
 async def test_what_refused_attempts_stored_goes_when_the_batch_ends(world: World, tmp_path: Path) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import msgspec
 import pytest
@@ -40,45 +38,10 @@ from pronghorn.storage import tables
 from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
-
-OpenDatabase = Callable[[], Awaitable[Database]]
+from tests.storing import OpenDatabase, new_batch
 
 OURS, THEIRS = "org-ours", "org-theirs"
 S = BatchStatus
-
-
-def sqlite_at(path: Path) -> sa.URL:
-    return sa.URL.create("sqlite", database=str(path))
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database file that holds the schema and nothing else: to copy it is faster than to migrate each test's."""
-    path = tmp_path_factory.mktemp("migrated") / "pronghorn.db"
-    asyncio.run(Database(sqlite_at(path)).close())
-    return path
-
-
-@pytest.fixture(params=["sqlite"])
-async def open_database(request: pytest.FixtureRequest, tmp_path: Path, migrated: Path) -> AsyncIterator[OpenDatabase]:
-    """Opens the same database again and again, as a server that starts again does; at most one is open."""
-    urls = {"sqlite": sqlite_at(Path(shutil.copy(migrated, tmp_path)))}
-    opened: list[Database] = []
-
-    async def open_it() -> Database:
-        while opened:
-            await opened.pop().close()
-        opened.append(await asyncio.to_thread(Database, urls[request.param]))
-        return opened[0]
-
-    yield open_it
-    for database in opened:
-        await database.close()
-
-
-@pytest.fixture
-async def database(open_database: OpenDatabase) -> Database:
-    return await open_database()
 
 
 @pytest.fixture
@@ -105,19 +68,8 @@ def file(name: str, account: str = OURS, *, size: int = 0) -> File:
 
 
 def batch(name: str = "1", account: str = OURS, *, created_at: int = 10) -> Batch:
-    return Batch(
-        id=f"batch_{name}",
-        order=0,
-        account_id=account,
-        job_id=job(account).id,
-        endpoint=Endpoint.CHAT_COMPLETIONS,
-        input_file_id="file-input",
-        completion_window="24h",
-        status=S.VALIDATING,
-        stamps=BatchStamps(created_at),
-        expires_at=created_at + 86_400,
-        metadata={"who": "é"},
-    )
+    ids = {"account_id": account, "job_id": job(account).id}
+    return new_batch(f"batch_{name}", created_at, **ids, expires_at=created_at + 86_400, metadata={"who": "é"})
 
 
 def plan(shards: int, lines: int = 1) -> Plan:

@@ -7,16 +7,14 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 import standardwebhooks
 
 from pronghorn.control.webhooks import ANSWER_BYTES_MAX, Courier, resolve, signature
 from pronghorn.domain.addresses import AllowedHosts
-from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, Closing, Endpoint, Job
+from pronghorn.domain.model import Batch, BatchStatus, Closing, Job
 from pronghorn.domain.webhooks import (
     Delivery,
     DeliveryState,
@@ -32,6 +30,7 @@ from pronghorn.storage.database import Database
 from pronghorn.storage.metadata import Metadata
 from pronghorn.storage.webhooks import ENDPOINTS_PER_ACCOUNT_MAX, Webhooks
 from tests.receiver import CERTIFICATE, Answer, Received, Receiver
+from tests.storing import SetClock, new_batch
 
 S = BatchStatus
 OURS, THEIRS = "org-ours", "org-theirs"
@@ -43,30 +42,6 @@ TO_STATUS = {
     S.CANCELLED: [S.CANCELLING, S.CANCELLED],
     S.COMPLETED: [S.IN_PROGRESS, S.FINALIZING, S.COMPLETED],
 }
-
-
-class SetClock:
-    """Wall time that tests set."""
-
-    def __init__(self) -> None:
-        self.time = NOW
-
-    def now(self) -> int:
-        return self.time
-
-    def wall(self) -> int:
-        return self.time
-
-    def monotonic(self) -> float:
-        return float(self.time)
-
-
-@pytest.fixture(params=["sqlite"])
-async def database(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Database]:
-    urls = {"sqlite": sa.URL.create("sqlite", database=str(tmp_path / "pronghorn.db"))}
-    database = await asyncio.to_thread(Database, urls[request.param])
-    yield database
-    await database.close()
 
 
 @pytest.fixture
@@ -85,7 +60,7 @@ def webhooks(database: Database, metadata: Metadata) -> Webhooks:
 
 @pytest.fixture
 def clock() -> SetClock:
-    return SetClock()
+    return SetClock(NOW)
 
 
 @pytest.fixture
@@ -110,21 +85,8 @@ def endpoint(number: int = 1, account: str = OURS, **fields: Any) -> WebhookEndp
 
 async def end_batch(metadata: Metadata, number: int = 1, status: BatchStatus = S.FAILED, account: str = OURS) -> str:
     """Bring a new batch to its end, and return its id."""
-    batch = await metadata.add_batch(
-        Batch(
-            id=f"batch_{account}_{number}",
-            order=0,
-            account_id=account,
-            job_id=f"job-{account}",
-            endpoint=Endpoint.CHAT_COMPLETIONS,
-            input_file_id="file-1",
-            completion_window="24h",
-            status=S.VALIDATING,
-            stamps=BatchStamps(created_at=NOW),
-            expires_at=None,
-            metadata=None,
-        )
-    )
+    new = new_batch(f"batch_{account}_{number}", NOW, account_id=account, job_id=f"job-{account}")
+    batch = await metadata.add_batch(new)
     for step in TO_STATUS[status]:
         closing = Closing.CANCELLED if step is S.CANCELLING else None
         batch = await metadata.advance(batch, step, NOW, closing=closing)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, TypeVar
 import hypothesis
 import msgspec
 import pytest
-import sqlalchemy as sa
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -29,6 +28,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from tests.beds import Bed, Scale
+from tests.storing import SetClock, new_batch, sqlite_at
 
 from pronghorn.checking import InputChecker
 from pronghorn.control.coordinator import Coordinator
@@ -40,11 +40,9 @@ from pronghorn.domain.lifecycle import TERMINAL, final_status, may_follow
 from pronghorn.domain.model import (
     DEFAULT_ACCOUNT,
     Batch,
-    BatchStamps,
     BatchStatus,
     BlobRef,
     Closing,
-    Endpoint,
     File,
     Job,
     ShardKey,
@@ -71,22 +69,6 @@ START = 1_000_000
 STEPS = 50
 S = BatchStatus
 Value = TypeVar("Value")
-
-
-class Hand:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.at = START
-
-    def now(self) -> int:
-        return self.at
-
-    def wall(self) -> int:
-        return self.at
-
-    def monotonic(self) -> float:
-        return float(self.at)
 
 
 @dataclass
@@ -135,7 +117,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.home = Path(tempfile.mkdtemp(dir=self.directory))
         shutil.copy(self.template, self.home / "pronghorn.db")
         self.runner = asyncio.Runner()
-        self.clock = Hand()
+        self.clock = SetClock(START)
         self.batches: dict[str, BatchModel] = {}
         self.files: dict[str, list[str]] = {}
         self.expiries: dict[str, int] = {}
@@ -170,7 +152,7 @@ class Lifecycle(RuleBasedStateMachine):
     def upload_file(self, blobs: int, life_s: int | None) -> None:
         file_id = self.new("file-")
         refs = [self.store(f"files/{file_id}-{n}") for n in range(blobs)]
-        expires_at = None if life_s is None else self.clock.at + life_s
+        expires_at = None if life_s is None else self.clock.time + life_s
         self.run(self.stored.add(self.file(file_id, expires_at), refs))
         self.files[file_id] = [ref.key for ref in refs]
         if expires_at is not None:
@@ -188,7 +170,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(seconds=st.integers(0, 30))
     def time_passes(self, seconds: int) -> None:
-        self.clock.at += seconds
+        self.clock.time += seconds
         self.run(self.maintenance().sweep())
         self.note_ends()
 
@@ -198,19 +180,12 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(data=st.data(), key=st.sampled_from([None, None, "one", "two"]), window_s=st.sampled_from([None, 20]))
     def create_batch(self, data: st.DataObject, key: str | None, window_s: int | None) -> None:
         file_id = data.draw(st.sampled_from(sorted(self.files)))
-        expires_at = None if window_s is None else self.clock.at + window_s
-        batch = Batch(
-            id=self.new("batch_"),
-            order=0,
-            account_id=DEFAULT_ACCOUNT,
-            job_id="job-1",
-            endpoint=Endpoint.CHAT_COMPLETIONS,
+        expires_at = None if window_s is None else self.clock.time + window_s
+        batch = new_batch(
+            self.new("batch_"),
+            self.clock.time,
             input_file_id=file_id,
-            completion_window="unlimited",
-            status=S.VALIDATING,
-            stamps=BatchStamps(self.clock.at),
             expires_at=expires_at,
-            metadata=None,
             output_expires_after_s=data.draw(st.sampled_from([None, 10])),
         )
         digest = file_id.encode()
@@ -232,7 +207,7 @@ class Lifecycle(RuleBasedStateMachine):
     def plan_batch(self, data: st.DataObject, lines: list[int]) -> None:
         model, batch = self.draw_seen(data, S.VALIDATING)
         shards = [PlannedShard(1 + 3 * n, count, 100 * n, 100) for n, count in enumerate(lines)]
-        if self.moves(model, batch, self.metadata.start_batch(batch, Plan(shards, sum(lines), "m"), self.clock.at)):
+        if self.moves(model, batch, self.metadata.start_batch(batch, Plan(shards, sum(lines), "m"), self.clock.time)):
             model.status = S.IN_PROGRESS
             model.shards = [ShardModel(count) for count in lines]
             self.see(batch.id)
@@ -252,9 +227,9 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.batches)
     @rule(data=st.data(), wait_s=st.integers(0, 25))
     def expire_batch(self, data: st.DataObject, wait_s: int) -> None:
-        self.clock.at += wait_s
+        self.clock.time += wait_s
         model, batch = self.draw_seen(data, *S)
-        due = model.expires_at is not None and self.clock.at >= model.expires_at
+        due = model.expires_at is not None and self.clock.time >= model.expires_at
         moves = due and batch.closing is None and batch.status in (S.VALIDATING, S.IN_PROGRESS)
         if batch.status in TERMINAL:
             return  # the coordinator does not look at those
@@ -359,7 +334,15 @@ class Lifecycle(RuleBasedStateMachine):
 
     def begin_upload(self, _: st.DataObject) -> None:
         upload = Upload(
-            self.new("upload_"), DEFAULT_ACCOUNT, "f", "batch", "m", 1, UploadStatus.PENDING, START, self.clock.at + 40
+            self.new("upload_"),
+            DEFAULT_ACCOUNT,
+            "f",
+            "batch",
+            "m",
+            1,
+            UploadStatus.PENDING,
+            START,
+            self.clock.time + 40,
         )
         self.run(self.parts.add(upload))
         self.uploads[upload.id] = UploadModel(upload)
@@ -367,9 +350,9 @@ class Lifecycle(RuleBasedStateMachine):
     def begin_part(self, data: st.DataObject) -> None:
         model = self.uploads[data.draw(st.sampled_from(sorted(self.uploads)))]
         part_id = self.new("part_")
-        part = UploadPart(part_id, model.upload.id, DEFAULT_ACCOUNT, f"parts/{part_id}", self.clock.at)
+        part = UploadPart(part_id, model.upload.id, DEFAULT_ACCOUNT, f"parts/{part_id}", self.clock.time)
         try:
-            self.run(self.parts.begin_part(part, self.clock.at))
+            self.run(self.parts.begin_part(part, self.clock.time))
         except Fenced:
             assert not self.pending(model)
             return
@@ -384,7 +367,7 @@ class Lifecycle(RuleBasedStateMachine):
         model, part = data.draw(st.sampled_from(arriving))
         del model.arriving[part.id]
         try:
-            self.run(self.parts.store_part(part, 1, self.clock.at))
+            self.run(self.parts.store_part(part, 1, self.clock.time))
         except Fenced:
             assert not self.pending(model)
             self.run(self.parts.drop_part(part))
@@ -498,7 +481,7 @@ class Lifecycle(RuleBasedStateMachine):
     # What the steps share
 
     def _open(self) -> None:
-        database = self.database = Database(sa.URL.create("sqlite", database=str(self.home / "pronghorn.db")))
+        database = self.database = Database(sqlite_at(self.home / "pronghorn.db"))
         self.blobs, self.segments = Blobs(self.home / "blobs"), Segments(self.home / "segments")
         self.metadata, self.stored, self.parts = Metadata(database), Files(database), Uploads(database)
         self.webhooks = Webhooks(database)
@@ -526,7 +509,7 @@ class Lifecycle(RuleBasedStateMachine):
         return f"{prefix}{self.names:04}"
 
     def file(self, file_id: str, expires_at: int | None) -> File:
-        return File(file_id, DEFAULT_ACCOUNT, "batch", "f.jsonl", 1, self.clock.at, expires_at)
+        return File(file_id, DEFAULT_ACCOUNT, "batch", "f.jsonl", 1, self.clock.time, expires_at)
 
     def store(self, key: str) -> BlobRef:
         with self.blobs.writer(key) as writer:
@@ -541,7 +524,7 @@ class Lifecycle(RuleBasedStateMachine):
         return any(model.input_file_id == file_id and not model.over for model in self.batches.values())
 
     def pending(self, model: UploadModel) -> bool:
-        return model.status is UploadStatus.PENDING and model.upload.expires_at > self.clock.at
+        return model.status is UploadStatus.PENDING and model.upload.expires_at > self.clock.time
 
     @staticmethod
     def finishable(model: BatchModel) -> bool:
@@ -567,7 +550,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def advance(self, model: BatchModel, batch: Batch, to: BatchStatus, closing: Closing | None = None) -> None:
         assert may_follow(batch.status, to)
-        if self.moves(model, batch, self.metadata.advance(batch, to, self.clock.at, closing=closing)):
+        if self.moves(model, batch, self.metadata.advance(batch, to, self.clock.time, closing=closing)):
             model.status, model.closing = to, closing or model.closing
             self.see(batch.id)
 
@@ -584,15 +567,15 @@ class Lifecycle(RuleBasedStateMachine):
             if file_id is not None:
                 self.files[file_id] = keys
                 if before.output_expires_after_s is not None:
-                    self.expiries[file_id] = self.clock.at + before.output_expires_after_s
+                    self.expiries[file_id] = self.clock.time + before.output_expires_after_s
 
     def note_ends(self) -> None:
         """Note what a sweep must have ended at this time."""
         for model in self.uploads.values():
-            if model.status is UploadStatus.PENDING and model.upload.expires_at <= self.clock.at:
+            if model.status is UploadStatus.PENDING and model.upload.expires_at <= self.clock.time:
                 model.status, model.whole = UploadStatus.EXPIRED, {}
         for file_id, expires_at in list(self.expiries.items()):
-            if expires_at <= self.clock.at and not self.being_read(file_id):
+            if expires_at <= self.clock.time and not self.being_read(file_id):
                 del self.files[file_id], self.expiries[file_id]
 
     def named(self) -> set[str]:
@@ -613,7 +596,7 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 async def _prepare(path: Path) -> None:
-    database = await asyncio.to_thread(Database, sa.URL.create("sqlite", database=str(path)))
+    database = await asyncio.to_thread(Database, sqlite_at(path))
     metadata = Metadata(database)
     await metadata.add_account(DEFAULT_ACCOUNT, "default", START)
     await metadata.add_job(Job("job-1", DEFAULT_ACCOUNT, "default", 1, START))

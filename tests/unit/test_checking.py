@@ -8,31 +8,18 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import sqlalchemy as sa
-
 from pronghorn.checking import InputChecker
-from pronghorn.domain.model import DEFAULT_ACCOUNT, Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File
+from pronghorn.domain.model import DEFAULT_ACCOUNT, BlobRef, Endpoint, File
 from pronghorn.domain.planning import Plan
 from pronghorn.engines.base import EnginePool
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.database import Database
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
+from tests.storing import new_batch
 
 LINE = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "input": "x"}}
-BATCH = Batch(
-    id="batch_1",
-    order=0,
-    account_id=DEFAULT_ACCOUNT,
-    job_id="job",
-    endpoint=Endpoint.EMBEDDINGS,
-    input_file_id="file-1",
-    completion_window="unlimited",
-    status=BatchStatus.VALIDATING,
-    stamps=BatchStamps(10),
-    expires_at=None,
-    metadata=None,
-)
+BATCH = new_batch("batch_1", 10, endpoint=Endpoint.EMBEDDINGS)
 
 
 class Pausing(EnginePool):
@@ -47,9 +34,8 @@ class Pausing(EnginePool):
         return self.go_on.wait(60)
 
 
-async def test_short_work_does_not_wait_behind_a_check(tmp_path: Path) -> None:
+async def test_short_work_does_not_wait_behind_a_check(database: Database, tmp_path: Path) -> None:
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
-    database = await asyncio.to_thread(Database, sa.URL.create("sqlite", database=str(tmp_path / "test.db")))
     files, blobs, engines = Files(database), await asyncio.to_thread(Blobs, tmp_path / "blobs"), Pausing()
     await Metadata(database).add_account(DEFAULT_ACCOUNT, "default", 1)
     content = json.dumps(LINE).encode()
@@ -67,7 +53,6 @@ async def test_short_work_does_not_wait_behind_a_check(tmp_path: Path) -> None:
     finally:
         engines.go_on.set()
     assert isinstance(await checking, Plan)
-    await database.close()
 
 
 async def test_a_blob_that_is_dropped_blocks_nobody_and_leaves_nothing(tmp_path: Path) -> None:
