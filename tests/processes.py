@@ -32,10 +32,10 @@ class Process:
         self, arguments: list[str], log: Path, ready: Callable[[list[str]], bool], watched: Watched | None = None
     ) -> None:
         self._log_path = log
-        self._log = log.open("ab")
+        self._log_file = log.open("ab")
         start = subprocess.Popen if watched is None else watched.start
         self._child = start(
-            COMMAND + arguments, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
+            COMMAND + arguments, stdout=subprocess.PIPE, stderr=self._log_file, text=True, start_new_session=True
         )
         self.lines: list[str] = []
         while not ready(self.lines):
@@ -43,7 +43,7 @@ class Process:
             if not line:
                 self._reap()
                 status = self._child.returncode
-                raise RuntimeError(f"pronghorn {arguments[0]} ended with {status}: {log.read_text()[-2000:]}")
+                raise RuntimeError(f"pronghorn {arguments[0]} ended with {status}: {self.log()[-2000:]}")
             self.lines.append(line.strip())
 
     @property
@@ -58,10 +58,14 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         self._child.send_signal(number)
 
+    def log(self) -> str:
+        """Return what it has written to its log."""
+        return self._log_path.read_text()
+
     def await_log(self, text: str) -> None:
         """Wait until it has written this to its log."""
         deadline = time.monotonic() + START_S
-        while text not in self._log_path.read_text():
+        while text not in self.log():
             assert time.monotonic() < deadline, f"its log never says {text!r}"
             time.sleep(POLL_S)
 
@@ -108,7 +112,7 @@ class Process:
         self._child.wait()
         if self._child.stdout:
             self._child.stdout.close()
-        self._log.close()
+        self._log_file.close()
 
     def __enter__(self) -> Any:
         return self
@@ -116,7 +120,7 @@ class Process:
     def __exit__(self, *_: object) -> None:
         if self._child.poll() is None:
             self.kill()
-        elif not self._log.closed:
+        elif not self._log_file.closed:
             self._reap()
 
 

@@ -1,4 +1,4 @@
-"""The servers that acceptance tests talk to, started once."""
+"""Servers that tests share: those of the whole session, and one a file with its scripted engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.processes import ScriptedProcess, Server
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def built_in_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the default engine: llama.cpp and the built-in model."""
     with Server(tmp_path_factory.mktemp("server") / "data") as server:
         yield server
@@ -26,3 +26,19 @@ def scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     ):
         yield server
         server.terminate()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess]:
+    """A scripted engine that runs eight lines at a time, of `scripted` and of a model whose name needs quoting."""
+    log, models = tmp_path_factory.mktemp("engine") / "engine.log", "scripted,org/m:x"
+    with ScriptedProcess(log, models=models, capacity="slots", slots=8, latency_ms=10) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedProcess) -> Iterator[Server]:
+    """A server in front of that engine, whatever it is asked without an error of its own."""
+    with Server(tmp_path_factory.mktemp("server") / "data", "--upstream", engine.base_url) as server:
+        yield server
+        assert "Traceback" not in server.log()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,6 @@ from tests.processes import ScriptedProcess, Server
 
 MIB = 1 << 20
 REFUSAL = "Invalid file format for Batch API. Must be .jsonl"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess]:
-    with ScriptedProcess(tmp_path_factory.mktemp("engine") / "log") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedProcess) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server") / "data", "--upstream", engine.base_url) as server:
-        yield server
 
 
 def line(custom_id: object = "a", **changes: Any) -> bytes:

@@ -5,25 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess]:
-    with ScriptedProcess(tmp_path_factory.mktemp("engine") / "log", capacity="slots", slots=8, latency_ms=10) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedProcess) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server") / "data", "--upstream", engine.base_url) as server:
-        yield server
+from tests.processes import Server
 
 
 def blobs_of(server: Server) -> set[Path]:

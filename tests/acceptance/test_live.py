@@ -15,16 +15,6 @@ from tests.processes import ScriptedProcess, Server
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "say this"}]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("live")
-    with (
-        ScriptedProcess(folder / "engine.log", models="scripted,org/m:x") as engine,
-        Server(folder / "data", "--upstream", engine.base_url) as server,
-    ):
-        yield server
-
-
 def client_of(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="any", max_retries=0)
 

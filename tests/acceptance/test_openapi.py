@@ -28,18 +28,6 @@ UNUSABLE_CHECKS = "positive_data_acceptance,allow_header_conformance"
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess]:
-    with ScriptedProcess(tmp_path_factory.mktemp("engine") / "log") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedProcess) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server") / "data", "--upstream", engine.base_url) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def document(server: Server) -> dict[str, Any]:
     return dict(server.http.get("/openapi.json").json())
 
@@ -105,5 +93,5 @@ def test_generated_requests_get_what_the_document_promises(server: Server, tmp_p
     ]
     ran = subprocess.run(command, cwd=tmp_path, env=os.environ | {"NO_COLOR": "1"}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    log = server.data_dir.with_suffix(".log").read_text()
+    log = server.log()
     assert "Traceback" not in log, log

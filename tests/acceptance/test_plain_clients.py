@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 from tests.faults.test_kill import batch_input
 from tests.processes import ScriptedProcess, Server
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[ScriptedProcess]:
-    with ScriptedProcess(tmp_path / "engine.log") as engine:
-        yield engine
 
 
 def run_batch(client: openai.OpenAI, server: Server) -> openai.types.Batch:

@@ -72,13 +72,13 @@ if batch.status == "completed":
 BOUNDED_INPUT = INPUT.replace('"model":"your-model",', '"model":"your-model","max_tokens":32,')
 
 
-@pytest.fixture(params=["server", "scripted_server"])
+@pytest.fixture(params=["built_in_server", "scripted_server"])
 def server_at_hand(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A server whose BASE_URL is in the environment, with the input file in the working directory."""
     server: Server = request.getfixturevalue(request.param)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE_URL", server.base_url)
-    (tmp_path / "input.jsonl").write_text(BOUNDED_INPUT if request.param == "server" else INPUT)
+    (tmp_path / "input.jsonl").write_text(BOUNDED_INPUT if request.param == "built_in_server" else INPUT)
     return server
 
 
@@ -184,21 +184,21 @@ def check_response(body: dict[str, Any]) -> None:
         ("/v1/responses", {"input": "Name a colour.", "max_output_tokens": 16}, check_response),
     ],
 )
-def test_every_endpoint_with_the_built_in_model(server: Server, endpoint: Any, body: Any, check: Any) -> None:
+def test_every_endpoint_with_the_built_in_model(built_in_server: Server, endpoint: Any, body: Any, check: Any) -> None:
     lines = [
         json.dumps({"custom_id": name, "method": "POST", "url": endpoint, "body": {"model": "your-model"} | body})
         for name in ("first", "second")
     ]
     content = "\n".join(lines).encode()
-    with OpenAI(base_url=f"{server.base_url}/v1", api_key="reserved", max_retries=0) as client:
+    with OpenAI(base_url=f"{built_in_server.base_url}/v1", api_key="reserved", max_retries=0) as client:
         file = client.files.create(file=("input.jsonl", content), purpose="batch")
         batch = client.batches.create(
             input_file_id=file.id,
             endpoint=endpoint,
             completion_window="unlimited",  # type: ignore[arg-type]
-            extra_body={"job_id": server.job_id},
+            extra_body={"job_id": built_in_server.job_id},
         )
-        server.await_batch(batch.id)
+        built_in_server.await_batch(batch.id)
         batch = client.batches.retrieve(batch.id)
         assert batch.status == "completed"
         assert batch.error_file_id is None

@@ -53,7 +53,7 @@ class Shell:
         return ran.stdout
 
 
-@pytest.mark.parametrize("fixture", ["server", "scripted_server"])
+@pytest.mark.parametrize("fixture", ["built_in_server", "scripted_server"])
 def test_the_quickstart(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     server: Server = request.getfixturevalue(fixture)
     shell = Shell(tmp_path, server)
@@ -71,7 +71,7 @@ def test_the_quickstart(fixture: str, request: pytest.FixtureRequest, tmp_path: 
     check_output(tmp_path / "output.jsonl")
 
 
-@pytest.mark.parametrize("fixture", ["server", "scripted_server"])
+@pytest.mark.parametrize("fixture", ["built_in_server", "scripted_server"])
 def test_the_program_with_the_sdk(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     server: Server = request.getfixturevalue(fixture)
     shell = Shell(tmp_path, server)

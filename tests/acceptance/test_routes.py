@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.processes import ScriptedProcess, Server
+from tests.processes import Server
 
 ROUTES = {
     "/health": {"GET", "HEAD"},
@@ -68,17 +67,6 @@ NO_JSON = {
     "nested without end": b"[" * 100_000,
 }
 WRONG_TYPES = [b"null", b"[]", b"3", b'"text"', b"true", b"1.5"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("routes")
-    with (
-        ScriptedProcess(folder / "engine.log") as engine,
-        Server(folder / "data", "--upstream", engine.base_url) as server,
-    ):
-        yield server
-        assert "Traceback" not in (folder / "data.log").read_text()
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_a_disk_that_fails_at_any_write_or_sync_ends_the_process_and_loses_nothi
                 met += bool(disk.refused)
                 if ends:
                     assert server.wait() == EXIT_DISK_FAILED
-                    assert "pronghorn: the disk has failed: " in data_dir.with_suffix(".log").read_text()
+                    assert "pronghorn: the disk has failed: " in server.log()
         with Server(data_dir, "--config", config) as server:
             client.check(server, again=True)
         return met
@@ -165,6 +165,6 @@ def test_a_segment_that_finds_no_room_when_it_is_synced_counts_as_lost(tmp_path:
         with pytest.raises(httpx2.TransportError):
             client.work(server)
         assert server.wait() == EXIT_DISK_FAILED
-    assert data_dir.with_suffix(".log").read_text().count("the disk has failed") == 1, "one line, the worker's"
+    assert server.log().count("the disk has failed") == 1, "one line, the worker's"
     with Server(data_dir, "--config", config) as server:
         client.check(server)

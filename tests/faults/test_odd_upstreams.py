@@ -127,7 +127,7 @@ def serving(tmp_path: Path, engines: list[OddEngine], **settings: float) -> Iter
     config.write_text("\n".join([*(f"{name} = {value}" for name, value in settings.items()), *upstreams]))
     with Server(tmp_path / "data", "--config", str(config)) as server:
         yield server
-    assert "Traceback" not in (tmp_path / "data.log").read_text()
+    assert "Traceback" not in server.log()
 
 
 async def fails(wire: Wire) -> None:
