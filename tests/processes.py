@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,26 @@ class Server(Process):
     def __exit__(self, *_: object) -> None:
         self.http.close()
         super().__exit__(*_)
+
+
+def configured(
+    folder: Path,
+    *urls: str,
+    models: Sequence[str] | None = None,
+    window: int | None = None,
+    api_key_env: str | None = None,
+    **settings: object,
+) -> list[str]:
+    """Write a file of settings and return the arguments of a server with them, whose lines go to these engines."""
+    upstream = {"models": models, "window": window, "api_key_env": api_key_env}
+    tables = [f"[[upstream]]\n{_toml({'url': url} | upstream)}" for url in urls]
+    path = folder / "pronghorn.toml"
+    path.write_text(_toml(settings) + "".join(tables))
+    return ["--config", str(path)]
+
+
+def _toml(values: Mapping[str, object]) -> str:
+    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items() if value is not None)
 
 
 class ScriptedProcess(Process):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.processes import COMMAND, ScriptedProcess, Server
+from tests.processes import COMMAND, ScriptedProcess, Server, configured
 
 BODIES = 150
 LINES = 1500
@@ -56,32 +56,32 @@ def check(numbers: list[int], found: list[dict[str, Any]]) -> None:
 def test_identical_lines_run_once_across_the_whole_batch(tmp_path: Path, workers: int) -> None:
     numbers = random.Random(1).choices(range(BODIES), k=LINES)
     distinct = len(set(numbers))
-    config = tmp_path / "pronghorn.toml"
-    with ScriptedProcess(tmp_path / "engine.log", latency_ms=5) as engine:
-        config.write_text(f'workers = {workers}\n[[upstream]]\nurl = "{engine.base_url}"\n')
-        with Server(tmp_path / "data", "--config", str(config)) as server:
-            batch = server.create_batch(server.upload(content(numbers)), deduplicate=True)
-            assert (batch["deduplicate"], batch["duplicate_bodies"]) == (True, 0)
-            batch = server.await_batch(batch["id"])
-            assert batch["request_counts"]["total"] == LINES
-            assert batch["duplicate_bodies"] == LINES - distinct
-            found = results(server, batch)
-            check(numbers, found)
-            books = engine.ledger()
-            assert (books["requests"], books["keys"]) == (distinct, distinct)
-            spent = {
-                json.dumps(result["response"]["body"]): result["response"]["body"]["usage"]["total_tokens"]
-                for result in found
-                if result["response"]["status_code"] == 200
-            }
-            assert batch["usage"]["total_tokens"] == sum(spent.values())
+    with (
+        ScriptedProcess(tmp_path / "engine.log", latency_ms=5) as engine,
+        Server(tmp_path / "data", *configured(tmp_path, engine.base_url, workers=workers)) as server,
+    ):
+        batch = server.create_batch(server.upload(content(numbers)), deduplicate=True)
+        assert (batch["deduplicate"], batch["duplicate_bodies"]) == (True, 0)
+        batch = server.await_batch(batch["id"])
+        assert batch["request_counts"]["total"] == LINES
+        assert batch["duplicate_bodies"] == LINES - distinct
+        found = results(server, batch)
+        check(numbers, found)
+        books = engine.ledger()
+        assert (books["requests"], books["keys"]) == (distinct, distinct)
+        spent = {
+            json.dumps(result["response"]["body"]): result["response"]["body"]["usage"]["total_tokens"]
+            for result in found
+            if result["response"]["status_code"] == 200
+        }
+        assert batch["usage"]["total_tokens"] == sum(spent.values())
 
-            again = server.http.post(f"/v1/batches/{batch['id']}/retry", json={}).json()
-            assert again["deduplicate"]
-            again = server.await_batch(again["id"])
-            failing = [number for number in numbers if number % 7 == 3]
-            assert again["request_counts"]["failed"] == len(failing)
-            assert engine.ledger()["requests"] == distinct + len(set(failing))
+        again = server.http.post(f"/v1/batches/{batch['id']}/retry", json={}).json()
+        assert again["deduplicate"]
+        again = server.await_batch(again["id"])
+        failing = [number for number in numbers if number % 7 == 3]
+        assert again["request_counts"]["failed"] == len(failing)
+        assert engine.ledger()["requests"] == distinct + len(set(failing))
 
 
 def test_lines_run_each_by_itself_unless_asked(tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_a_line_that_is_skipped_is_nobodys_original(tmp_path: Path) -> None:
 
 
 def test_copies_end_as_their_originals_do_when_time_runs_out(tmp_path: Path) -> None:
-    config = tmp_path / "pronghorn.toml"
-    with ScriptedProcess(tmp_path / "engine.log", latency_ms=6000) as engine:
-        config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nwindow = 1\n')
-        with Server(tmp_path / "data", "--config", str(config)) as server:
-            content_id = server.upload(content([0, 1, 2] * 100))
-            batch = server.await_batch(server.create_batch(content_id, deduplicate=True, completion_window="4s")["id"])
-            assert batch["status"] == "expired"
-            found = results(server, batch)
+    with (
+        ScriptedProcess(tmp_path / "engine.log", latency_ms=6000) as engine,
+        Server(tmp_path / "data", *configured(tmp_path, engine.base_url, window=1)) as server,
+    ):
+        content_id = server.upload(content([0, 1, 2] * 100))
+        batch = server.await_batch(server.create_batch(content_id, deduplicate=True, completion_window="4s")["id"])
+        assert batch["status"] == "expired"
+        found = results(server, batch)
     codes = [result["error"] and result["error"]["code"] for result in found]
     assert codes == [None, "batch_expired", "batch_expired"] * 100
 

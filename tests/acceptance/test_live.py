@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "say this"}]
 
@@ -101,9 +101,8 @@ def test_models_by_the_client(client: openai.OpenAI) -> None:
 def test_a_live_request_does_not_wait_for_a_batch(tmp_path: Path) -> None:
     line_s, lines = 0.5, 200
     with ScriptedProcess(tmp_path / "engine.log", capacity="slots", slots=4, latency_ms=line_s * 1000) as engine:
-        config = tmp_path / "pronghorn.toml"
-        config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nwindow = 4\n')
-        with Server(tmp_path / "data", "--config", str(config)) as server, client_of(server) as client:
+        settings = configured(tmp_path, engine.base_url, window=4)
+        with Server(tmp_path / "data", *settings) as server, client_of(server) as client:
             batch_id = server.create_batch(server.upload(batch_input(lines)))["id"]
             server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] >= 4)
             took = []

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 
 TOPICS = ("birds", "ships", "trees", "wells")
 LINES = 40
@@ -28,12 +28,10 @@ def test_lines_with_a_common_prompt_run_together(tmp_path: Path, prompt_order: b
         b'{"custom_id":"%d","method":"POST","url":"/v1/chat/completions","body":%b}\n' % (number, body(number))
         for number in range(LINES)
     ]
-    ledger, config = tmp_path / "ledger", tmp_path / "pronghorn.toml"
+    ledger = tmp_path / "ledger"
     with ScriptedProcess(tmp_path / "engine.log", ledger_path=ledger) as engine:
-        config.write_text(
-            f'prompt_order = {json.dumps(prompt_order)}\n[[upstream]]\nurl = "{engine.base_url}"\nwindow = 1\n'
-        )
-        with Server(tmp_path / "data", "--config", str(config)) as server:
+        settings = configured(tmp_path, engine.base_url, window=1, prompt_order=prompt_order)
+        with Server(tmp_path / "data", *settings) as server:
             batch = server.await_batch(server.create_batch(server.upload(b"".join(lines)))["id"])
             results = [json.loads(line) for line in server.content(batch["output_file_id"]).splitlines()]
     assert [result["custom_id"] for result in results] == [str(number) for number in range(LINES)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 
 
 def run_batch(client: openai.OpenAI, server: Server) -> openai.types.Batch:
@@ -32,10 +32,8 @@ def test_a_batch_without_a_job_runs_under_the_default_one(tmp_path: Path, engine
             run_batch(client, server)
         assert (refused.value.param, refused.value.code) == ("job_id", "missing_required_parameter")
         assert server.terminate() == 0
-    config = tmp_path / "pronghorn.toml"
-    config.write_text(f'default_job = "{job_id}"\n')
     with (
-        Server(tmp_path / "data", "--config", str(config), "--upstream", engine.base_url) as server,
+        Server(tmp_path / "data", *configured(tmp_path, engine.base_url, default_job=job_id)) as server,
         openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="any", max_retries=0) as client,
     ):
         batch = run_batch(client, server)

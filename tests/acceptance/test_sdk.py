@@ -20,7 +20,7 @@ from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 from tests.receiver import Receiver
 
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract" / "openai-batch.schemas.json").read_text())
@@ -116,11 +116,9 @@ class Site(NamedTuple):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("sdk")
-    config = folder / "pronghorn.toml"
-    config.write_text('webhook_allow = ["127.0.0.1"]\n')
     with (
         ScriptedProcess(folder / "engine.log", models="scripted,org/m:x", latency_ms=5) as engine,
-        Server(folder / "data", "--config", str(config), "--upstream", engine.base_url) as server,
+        Server(folder / "data", *configured(folder, engine.base_url, webhook_allow=["127.0.0.1"])) as server,
     ):
         yield server
 

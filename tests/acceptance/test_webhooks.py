@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.types.webhooks import WebhookEndpointWithSecret
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 from tests.receiver import Answer, Received, Receiver
 
 EVENTS = ["batch.completed", "batch.failed", "batch.expired", "batch.cancelled"]
@@ -64,9 +64,7 @@ def site(server: Server, receiver: Receiver) -> Iterator[Site]:
 
 
 def start(tmp_path: Path, engine: ScriptedProcess) -> Server:
-    config = tmp_path / "pronghorn.toml"
-    config.write_text('webhook_allow = ["127.0.0.1"]\n')
-    return Server(tmp_path / "data", "--config", str(config), "--upstream", engine.base_url)
+    return Server(tmp_path / "data", *configured(tmp_path, engine.base_url, webhook_allow=["127.0.0.1"]))
 
 
 def client_of(server: Server) -> openai.OpenAI:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from tests.processes import ScriptedProcess, Server
+from tests.beds import require_seccomp
+from tests.processes import ScriptedProcess, Server, configured
 
 # Enough for three shards, and a window that is much smaller than a batch: what is wasted shows.
 LINES = 6
@@ -18,16 +19,21 @@ LINE_BYTES = 24_000
 WINDOW = 2
 
 
-def settings_file(folder: Path, engine: ScriptedProcess) -> Path:
-    """Write the settings of a server whose window is known."""
-    path = folder / "pronghorn.toml"
-    path.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n')
-    return path
+class Engine(ScriptedProcess):
+    """A scripted engine that keeps books, for servers whose system calls are watched."""
 
+    def __init__(self, folder: Path, latency_ms: int) -> None:
+        require_seccomp()
+        self._books = folder / "ledger.jsonl"
+        super().__init__(folder / "engine.log", latency_ms=latency_ms, ledger_path=self._books)
 
-def calls_by_body(ledger: Path) -> Counter[str]:
-    """Return how often an engine was asked each body, by its SHA-256, from its ledger's file."""
-    return Counter(json.loads(entry)["key"] for entry in ledger.read_text().splitlines())
+    def configured(self, folder: Path) -> list[str]:
+        """Return the arguments of a server in front of it, whose window is known."""
+        return configured(folder, self.base_url, models=["scripted"], window=WINDOW)
+
+    def calls(self) -> Counter[str]:
+        """Return how often it was asked each body, by its SHA-256."""
+        return Counter(json.loads(entry)["key"] for entry in self._books.read_text().splitlines())
 
 
 class Client:
@@ -96,9 +102,9 @@ class Client:
         for name in self._inputs.keys() - self._ended.values():
             self._may_repeat[name] += LINES - self._seen[name]
 
-    def check_calls(self, asked: Counter[str]) -> int:
+    def check_calls(self, engine: Engine) -> int:
         """Check that no more lines were asked again than may be, and return how many were."""
-        wasted = 0
+        asked, wasted = engine.calls(), 0
         for name, content in self._inputs.items():
             bodies = [json.dumps(json.loads(line)["body"]) for line in content.splitlines()]
             asks = sum(asked[hashlib.sha256(body.encode()).hexdigest()] for body in bodies)

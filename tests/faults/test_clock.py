@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.beds import require_program
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 from tests.receiver import Answer, Receiver
 
 DAY_S = 86_400
@@ -57,11 +57,10 @@ def test_what_has_a_deadline_keeps_it_when_the_wall_clock_jumps(
     tmp_path: Path, engine: ScriptedProcess, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, jump_s: int
 ) -> None:
     clock = WallClock(tmp_path / "wall")
-    config = tmp_path / "pronghorn.toml"
-    config.write_text(f'webhook_allow = ["127.0.0.1"]\n[[upstream]]\nurl = "{engine.base_url}"\nwindow = 1\n')
+    settings = configured(tmp_path, engine.base_url, window=1, webhook_allow=["127.0.0.1"])
     with monkeypatch.context() as preloading:
         clock.preloaded(preloading)
-        server = Server(tmp_path / "data", "--config", str(config))
+        server = Server(tmp_path / "data", *settings)
     with server:
         http = server.http
         endpoint = {"name": "n", "url": receiver.url, "event_types": ["batch.failed"]}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 
 LINES = 2000
 
@@ -101,15 +101,12 @@ def test_a_cancelled_batch_does_not_wait_behind_another(server: Server) -> None:
 
 
 def test_a_batch_is_cancelled_though_no_engine_has_its_model(tmp_path: Path, engine: ScriptedProcess) -> None:
-    config = tmp_path / "pronghorn.toml"
-    config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = 1\n')
-    with Server(tmp_path / "data", "--config", str(config)) as server:
+    with Server(tmp_path / "data", *configured(tmp_path, engine.base_url, models=["scripted"], window=1)) as server:
         older, younger = (server.create_batch(server.upload(batch_input(LINES)))["id"] for _ in range(2))
         for batch_id in (older, younger):
             server.await_batch(batch_id, lambda batch: batch["status"] == "in_progress")
         server.kill()
-    config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["another"]\n')
-    with Server(tmp_path / "data", "--config", str(config)) as server:
+    with Server(tmp_path / "data", *configured(tmp_path, engine.base_url, models=["another"])) as server:
         server.http.post(f"/v1/batches/{younger}/cancel")
         assert server.await_batch(younger)["status"] == "cancelled"
         waiting = server.await_batch(older, lambda batch: bool((batch["progress"] or {}).get("reason")))

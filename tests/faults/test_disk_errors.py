@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.beds import Bed, require_seccomp
-from tests.faults.life import Client, settings_file
-from tests.processes import POLL_S, ScriptedProcess, Server
+from tests.beds import Bed
+from tests.faults.life import Client, Engine
+from tests.processes import POLL_S, Server
 from tests.syscalls import SYNCS, TAKES_ROOM, WRITES, Answer, Call, Watched
 
 from pronghorn.storage.durable import EXIT_DISK_FAILED
@@ -65,9 +65,8 @@ class PatientHttp(httpx2.Client):
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess]:
-    require_seccomp()
-    with ScriptedProcess(tmp_path_factory.mktemp("engine") / "engine.log", latency_ms=5) as engine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine(tmp_path_factory.mktemp("engine"), latency_ms=5) as engine:
         yield engine
 
 
@@ -78,12 +77,11 @@ def patient(server: Server) -> Server:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedProcess) -> Counter[str]:
+def counted(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Counter[str]:
     """How many calls of each kind there are when two batches live on a server that is there already."""
     folder = tmp_path_factory.mktemp("undisturbed")
     disk, client = Disk(folder / "data", TAKES_ROOM | SYNCS), Client("undisturbed")
-    config = str(settings_file(folder, engine))
-    with Server(folder / "data", "--config", config, watched=Watched(disk)) as server:
+    with Server(folder / "data", *engine.configured(folder), watched=Watched(disk)) as server:
         client.work(server)
         disk.refuse(0, 0, 0)
         client.work(server)
@@ -101,9 +99,9 @@ def run(series: Callable[[int, Sequence[int]], int], points: Sequence[int], at_o
 
 
 def test_a_disk_that_is_full_from_any_call_on_is_waited_for(
-    tmp_path: Path, engine: ScriptedProcess, bed: Bed, counted: Counter[str]
+    tmp_path: Path, engine: Engine, bed: Bed, counted: Counter[str]
 ) -> None:
-    config = str(settings_file(tmp_path, engine))
+    settings = engine.configured(tmp_path)
     found = sum(counted[kind] for kind in TAKES_ROOM)
     points = bed.rng.sample(range(1, found + 1), bed.times(small=2, ci=60, long=found))
     seeds = random.Random(bed.seed)
@@ -111,7 +109,7 @@ def test_a_disk_that_is_full_from_any_call_on_is_waited_for(
     def series(number: int, points: Sequence[int]) -> int:
         data_dir, met = tmp_path / f"full{number}", 0
         client, disk = Client(f"full{number}"), Disk(data_dir, TAKES_ROOM)
-        with Server(data_dir, "--config", config, watched=Watched(disk)) as started:
+        with Server(data_dir, *settings, watched=Watched(disk)) as started:
             server = patient(started)
             for point in points:
                 disk.refuse(errno.ENOSPC, point, seeds.randint(1, REFUSALS_MAX))
@@ -125,9 +123,9 @@ def test_a_disk_that_is_full_from_any_call_on_is_waited_for(
 
 
 def test_a_disk_that_fails_at_any_write_or_sync_ends_the_process_and_loses_nothing(
-    tmp_path: Path, engine: ScriptedProcess, bed: Bed, counted: Counter[str]
+    tmp_path: Path, engine: Engine, bed: Bed, counted: Counter[str]
 ) -> None:
-    config = str(settings_file(tmp_path, engine))
+    settings = engine.configured(tmp_path)
     kinds = SYNCS | WRITES
     found = sum(counted[kind] for kind in kinds)
     points = bed.rng.sample(range(1, found + 1), bed.times(small=2, ci=60, long=found))
@@ -137,7 +135,7 @@ def test_a_disk_that_fails_at_any_write_or_sync_ends_the_process_and_loses_nothi
         client = Client(f"broken{number}")
         for point in points:
             disk = Disk(data_dir, kinds)
-            with Server(data_dir, "--config", config, watched=Watched(disk)) as server:
+            with Server(data_dir, *settings, watched=Watched(disk)) as server:
                 client.check(server)
                 disk.refuse(errno.EIO, point)
                 try:
@@ -149,22 +147,22 @@ def test_a_disk_that_fails_at_any_write_or_sync_ends_the_process_and_loses_nothi
                 if ends:
                     assert server.wait() == EXIT_DISK_FAILED
                     assert "pronghorn: the disk has failed: " in server.log()
-        with Server(data_dir, "--config", config) as server:
+        with Server(data_dir, *settings) as server:
             client.check(server, again=True)
         return met
 
     run(series, points, START_AT_ONCE)
 
 
-def test_a_segment_that_finds_no_room_when_it_is_synced_counts_as_lost(tmp_path: Path, engine: ScriptedProcess) -> None:
+def test_a_segment_that_finds_no_room_when_it_is_synced_counts_as_lost(tmp_path: Path, engine: Engine) -> None:
     """Delayed allocation: the write went well, and after the failed sync the kernel takes the pages for clean."""
-    data_dir, config = tmp_path / "data", str(settings_file(tmp_path, engine))
+    data_dir, settings = tmp_path / "data", engine.configured(tmp_path)
     disk, client = Disk(data_dir, SYNCS, ".segment"), Client("delayed")
     disk.refuse(errno.ENOSPC, 1)
-    with Server(data_dir, "--config", config, watched=Watched(disk)) as server:
+    with Server(data_dir, *settings, watched=Watched(disk)) as server:
         with pytest.raises(httpx2.TransportError):
             client.work(server)
         assert server.wait() == EXIT_DISK_FAILED
     assert server.log().count("the disk has failed") == 1, "one line, the worker's"
-    with Server(data_dir, "--config", config) as server:
+    with Server(data_dir, *settings) as server:
         client.check(server)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.faults.test_kill import batch_input, check_output
-from tests.processes import ScriptedProcess, Server, restarted
+from tests.processes import ScriptedProcess, Server, configured, restarted
 
 LINES = 40
 
@@ -33,14 +33,6 @@ def with_markers(lines: int, markers: dict[int, str], model: str = "scripted") -
         + b"\n"
         for number in range(lines)
     )
-
-
-def configured(tmp_path: Path, engine: ScriptedProcess, upstream: str = "", **settings: float) -> list[str]:
-    """Return the arguments of a server with these settings."""
-    config = tmp_path / "pronghorn.toml"
-    lines = [f"{name} = {value}" for name, value in settings.items()]
-    config.write_text("\n".join([*lines, "[[upstream]]", f'url = "{engine.base_url}"', upstream]))
-    return ["--config", str(config)]
 
 
 def errors_of(server: Server, batch: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -69,7 +61,7 @@ def test_a_line_that_kills_its_engine_is_found_and_the_others_complete(tmp_path:
 def test_a_line_that_hangs_fails_and_the_others_complete(tmp_path: Path) -> None:
     lines = with_markers(LINES, {3: "[[scripted fault=hang times=always]]", 5: "[[scripted fault=hang]]"})
     with ScriptedProcess(tmp_path / "engine.log") as engine:
-        arguments = configured(tmp_path, engine, line_timeout_s=0.5)
+        arguments = configured(tmp_path, engine.base_url, line_timeout_s=0.5)
         with Server(tmp_path / "data", *arguments) as server:
             batch = server.await_batch(server.create_batch(server.upload(lines))["id"], timeout_s=100)
             assert batch["request_counts"] == {"total": LINES, "completed": LINES - 1, "failed": 1}
@@ -78,7 +70,7 @@ def test_a_line_that_hangs_fails_and_the_others_complete(tmp_path: Path) -> None
 
 def test_an_engine_that_hangs_costs_no_line_an_attempt(tmp_path: Path) -> None:
     with ScriptedProcess(tmp_path / "engine.log", latency_ms=20) as engine:
-        arguments = configured(tmp_path, engine, "window = 8", line_timeout_s=0.5)
+        arguments = configured(tmp_path, engine.base_url, window=8, line_timeout_s=0.5)
         with Server(tmp_path / "data", *arguments) as server:
             batch_id = server.create_batch(server.upload(batch_input(1000)))["id"]
             server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] > 10)
@@ -93,7 +85,7 @@ def test_an_engine_that_hangs_costs_no_line_an_attempt(tmp_path: Path) -> None:
 
 def test_a_model_that_an_engine_does_not_know_is_waited_for_and_holds_up_no_other(tmp_path: Path) -> None:
     with ScriptedProcess(tmp_path / "engine.log") as engine:
-        arguments = configured(tmp_path, engine, 'models = ["scripted", "late"]', model_grace_s=1.5)
+        arguments = configured(tmp_path, engine.base_url, models=["scripted", "late"], model_grace_s=1.5)
         with Server(tmp_path / "data", *arguments) as server:
             late = server.create_batch(server.upload(with_markers(LINES, {}, model="late")))["id"]
             waiting = server.await_batch(late, lambda batch: "does not know" in reason_of(batch))
@@ -158,8 +150,8 @@ def test_lines_that_hang_as_probes_do_not_keep_an_engine_paused_that_answers(tmp
     hang, refusal = "[[scripted fault=hang times=always]]", "[[scripted fault=insufficient_quota delay_ms=500]]"
     lines = with_markers(300, dict.fromkeys(range(hanging), hang) | {hanging: refusal})
     with ScriptedProcess(tmp_path / "engine.log") as engine:
-        upstream = f"window = {hanging + 1}"
-        arguments = configured(tmp_path, engine, upstream, line_timeout_s=line_timeout_s, refused_pause_s=3)
+        bounds = {"window": hanging + 1, "line_timeout_s": line_timeout_s, "refused_pause_s": 3}
+        arguments = configured(tmp_path, engine.base_url, **bounds)
         with Server(tmp_path / "data", *arguments) as server:
             batch_id = server.create_batch(server.upload(lines))["id"]
             server.await_batch(batch_id, lambda batch: reason_of(batch) != "None")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests import processes
 from tests.faults.test_kill import batch_input, check_output
-from tests.processes import POLL_S, ScriptedProcess, Server, alive
+from tests.processes import POLL_S, ScriptedProcess, Server, alive, configured
 
 LINES = 2000
 # Stated, because it is what a kill can waste; an engine that is slow to listen does not see all of it in flight.
@@ -47,10 +47,8 @@ def frozen(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def configured(tmp_path: Path, engine: ScriptedProcess) -> list[str]:
-    config = tmp_path / "pronghorn.toml"
-    config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n')
-    return ["--config", str(config)]
+def settings(tmp_path: Path, engine: ScriptedProcess) -> list[str]:
+    return configured(tmp_path, engine.base_url, models=["scripted"], window=WINDOW)
 
 
 def started(server: Server) -> str:
@@ -62,7 +60,7 @@ def started(server: Server) -> str:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_frozen_worker_is_replaced_and_nothing_is_lost_or_doubled(tmp_path: Path, engine: ScriptedProcess) -> None:
-    with Server(tmp_path / "data", *configured(tmp_path, engine)) as server:
+    with Server(tmp_path / "data", *settings(tmp_path, engine)) as server:
         batch_id = started(server)
         worker = server.worker_pid()
         with frozen(worker):
@@ -74,13 +72,13 @@ def test_a_frozen_worker_is_replaced_and_nothing_is_lost_or_doubled(tmp_path: Pa
 def test_a_worker_that_wakes_up_after_its_server_was_replaced_changes_nothing(
     tmp_path: Path, engine: ScriptedProcess
 ) -> None:
-    with Server(tmp_path / "data", *configured(tmp_path, engine)) as server:
+    with Server(tmp_path / "data", *settings(tmp_path, engine)) as server:
         batch_id = started(server)
         worker = server.worker_pid()
         with frozen(worker):
             recorded = server.batch(batch_id)["request_counts"]["completed"]
             server.kill()
-            with Server(tmp_path / "data", *configured(tmp_path, engine)) as second:
+            with Server(tmp_path / "data", *settings(tmp_path, engine)) as second:
                 second.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] > recorded)
                 os.kill(worker, signal.SIGCONT)
                 check_output(second, second.await_batch(batch_id), LINES)
@@ -90,14 +88,14 @@ def test_a_worker_that_wakes_up_after_its_server_was_replaced_changes_nothing(
 
 @pytest.mark.usefixtures("impatient")
 def test_a_frozen_server_wakes_up_and_goes_on_with_its_workers(tmp_path: Path, engine: ScriptedProcess) -> None:
-    with Server(tmp_path / "data", *configured(tmp_path, engine)) as server:
+    with Server(tmp_path / "data", *settings(tmp_path, engine)) as server:
         batch_id = started(server)
         worker = server.worker_pid()
         with frozen(server.pid):
             since = time.monotonic()
             await_dry(engine)
             with pytest.raises(RuntimeError, match="is in use by another pronghorn"):
-                Server(tmp_path / "data", *configured(tmp_path, engine))
+                Server(tmp_path / "data", *settings(tmp_path, engine))
             while time.monotonic() - since < 2 * SILENT_S:
                 time.sleep(POLL_S)
         check_output(server, server.await_batch(batch_id), LINES)

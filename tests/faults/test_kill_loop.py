@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.beds import Bed
 from tests.books import ENDED, Client
-from tests.processes import COMMAND, POLL_S, ScriptedProcess, Server
+from tests.processes import COMMAND, POLL_S, ScriptedProcess, Server, configured
 from tests.receiver import Receiver
 
 # Lines in flight at once, over both workers: what one kill can waste.
@@ -38,12 +38,9 @@ class Site:
         self._engine_settings = {"latency_ms": 20, "ledger_path": self.books}
         self._engine = ScriptedProcess(tmp_path / "engine.log", **self._engine_settings)
         self._engine_port = self._engine.base_url.removesuffix("/v1").rsplit(":", 1)[1]
-        config = tmp_path / "pronghorn.toml"
-        config.write_text(
-            f'workers = {WORKERS}\nwebhook_allow = ["127.0.0.1:{receiver.port}"]\n'
-            f'[[upstream]]\nurl = "{self._engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n'
-        )
-        self._arguments = ["--config", str(config)]
+        settings = {"workers": WORKERS, "webhook_allow": [f"127.0.0.1:{receiver.port}"]}
+        url = self._engine.base_url
+        self._arguments = configured(tmp_path, url, models=["scripted"], window=WINDOW, **settings)
         self.server = Server(self.data_dir, *self._arguments)
         self._arguments += ["--port", self.server.base_url.rsplit(":", 1)[1]]
         self.killed: Counter[str] = Counter()

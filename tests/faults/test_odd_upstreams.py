@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.faults.test_kill import batch_input, check_output
-from tests.processes import Server
+from tests.processes import Server, configured
 
 from pronghorn.engines.upstream import LIST_BYTES_MAX
 
@@ -122,10 +122,8 @@ def running(*behaviours: Behaviour) -> Iterator[list[OddEngine]]:
 @contextmanager
 def serving(tmp_path: Path, engines: list[OddEngine], **settings: float) -> Iterator[Server]:
     """Run a server over these engines; a traceback in its log fails the test."""
-    config = tmp_path / "pronghorn.toml"
-    upstreams = [f'[[upstream]]\nurl = "{engine.base_url}"' for engine in engines]
-    config.write_text("\n".join([*(f"{name} = {value}" for name, value in settings.items()), *upstreams]))
-    with Server(tmp_path / "data", "--config", str(config)) as server:
+    arguments = configured(tmp_path, *(engine.base_url for engine in engines), **settings)
+    with Server(tmp_path / "data", *arguments) as server:
         yield server
     assert "Traceback" not in server.log()
 

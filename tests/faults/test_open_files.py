@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.faults.test_kill import batch_input, check_output
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 
 LINES = 500
 FILES_MAX = 64
@@ -18,10 +18,9 @@ WINDOW = 200
 
 
 def test_a_server_without_files_left_says_so_and_goes_on_when_clients_leave(tmp_path: Path) -> None:
-    config = tmp_path / "pronghorn.toml"
     with ScriptedProcess(tmp_path / "engine.log", latency_ms=20) as engine:
-        config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n')
-        with Server(tmp_path / "data", "--config", str(config)) as server:
+        settings = configured(tmp_path, engine.base_url, models=["scripted"], window=WINDOW)
+        with Server(tmp_path / "data", *settings) as server:
             file_id = server.upload(batch_input(LINES))
             resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (FILES_MAX, FILES_MAX))
             os.kill(server.worker_pid(), signal.SIGKILL)  # the one that follows has no more either

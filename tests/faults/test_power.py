@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.beds import Bed, require_seccomp
+from tests.beds import Bed
 from tests.disks import PowerDisk, power_disk
-from tests.faults.life import Client, calls_by_body, settings_file
+from tests.faults.life import Client, Engine
 from tests.faults.test_kill import batch_input
-from tests.processes import ScriptedProcess, Server
+from tests.processes import Server
 from tests.syscalls import SYNCS, Answer, Call, Kill, Watched
 
 CLIENTS = 2
@@ -55,14 +55,8 @@ class PowerCut:
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require_seccomp()
-    return tmp_path_factory.mktemp("books") / "ledger.jsonl"
-
-
-@pytest.fixture(scope="module")
-def engine(books: Path) -> Iterator[ScriptedProcess]:
-    with ScriptedProcess(books.with_suffix(".log"), latency_ms=100, ledger_path=books) as engine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine(tmp_path_factory.mktemp("engine"), latency_ms=100) as engine:
         yield engine
 
 
@@ -75,9 +69,9 @@ def disk() -> Iterator[PowerDisk]:
 class Machine:
     """A server on a disk, and its clients; the power comes and goes."""
 
-    def __init__(self, disk: PowerDisk, config: Path, name: str) -> None:
+    def __init__(self, disk: PowerDisk, settings: Sequence[str], name: str) -> None:
         self._disk = disk
-        self._config = str(config)
+        self._settings = settings
         self._clients = [Client(f"{name}-{number}") for number in range(CLIENTS)]
 
     def run_until_cut(self, at: int, *, kill: bool = False) -> None:
@@ -99,12 +93,11 @@ class Machine:
                 client.check(server, again=again)
             server.terminate()
 
-    def check_calls(self, books: Path) -> int:
-        asked = calls_by_body(books)
-        return sum(client.check_calls(asked) for client in self._clients)
+    def check_calls(self, engine: Engine) -> int:
+        return sum(client.check_calls(engine) for client in self._clients)
 
     def _server(self, watched: Watched | None = None) -> Server:
-        return Server(self._disk.path, "--config", self._config, watched=watched)
+        return Server(self._disk.path, *self._settings, watched=watched)
 
     def _use(self, client: Client, server: Server, cut: PowerCut) -> None:
         try:
@@ -115,57 +108,53 @@ class Machine:
 
 
 def test_a_power_cut_at_any_moment_loses_nothing_that_was_acknowledged(
-    tmp_path: Path, engine: ScriptedProcess, books: Path, bed: Bed
+    tmp_path: Path, engine: Engine, bed: Bed
 ) -> None:
     cuts = bed.times(small=2, ci=100, long=1000)
-    config = settings_file(tmp_path, engine)
+    settings = engine.configured(tmp_path)
     seeds = [(bed.rng.random(), min(CUTS_OF_A_DISK, cuts - start)) for start in range(0, cuts, CUTS_OF_A_DISK)]
 
     def cut_one_disk(seed: float, cuts: int) -> int:
         rng = random.Random(seed)
         with power_disk() as disk:
-            machine = Machine(disk, config, str(seed))
+            machine = Machine(disk, settings, str(seed))
             for _ in range(cuts):
                 if rng.random() < 0.2:
                     machine.run_until_cut(rng.randint(1, CALLS), kill=True)
                 machine.run_until_cut(rng.randint(1, CALLS))
             machine.check()
             machine.check(again=True)
-            return machine.check_calls(books)
+            return machine.check_calls(engine)
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
         repeated = sum(threads.map(cut_one_disk, *zip(*seeds, strict=True)))
     print(f"{cuts} cuts; {repeated} lines asked again that had not counted as done")
 
 
-def test_what_a_server_shows_after_a_kill_survives_a_power_cut(
-    disk: PowerDisk, tmp_path: Path, engine: ScriptedProcess
-) -> None:
+def test_what_a_server_shows_after_a_kill_survives_a_power_cut(disk: PowerDisk, tmp_path: Path, engine: Engine) -> None:
     """A killed server may have written a row and not synced it: the next one shows it, so it has to stay."""
-    config, data_dir, content = str(settings_file(tmp_path, engine)), disk.path, batch_input(3)
+    settings, data_dir, content = engine.configured(tmp_path), disk.path, batch_input(3)
 
     def die_before_syncing_the_row(call: Call) -> Answer:
         return Kill() if call.name in SYNCS and call.concerns(data_dir, ".db-wal") and uploading else None
 
     uploading = False
-    with Server(data_dir, "--config", config, watched=Watched(die_before_syncing_the_row)) as server:
+    with Server(data_dir, *settings, watched=Watched(die_before_syncing_the_row)) as server:
         uploading = True
         with pytest.raises(httpx2.TransportError):
             server.upload(content)
-    with Server(data_dir, "--config", config) as server:
+    with Server(data_dir, *settings) as server:
         (file,) = server.http.get("/v1/files").json()["data"]
         disk.cut()
     disk.restore()
-    with Server(data_dir, "--config", config) as server:
+    with Server(data_dir, *settings) as server:
         assert server.content(file["id"]) == content
 
 
-def test_what_a_worker_finds_after_a_kill_survives_a_power_cut(
-    disk: PowerDisk, tmp_path: Path, engine: ScriptedProcess
-) -> None:
+def test_what_a_worker_finds_after_a_kill_survives_a_power_cut(disk: PowerDisk, tmp_path: Path, engine: Engine) -> None:
     """A killed worker may have written outcomes and not synced them: once the next one counts them, they stay."""
     quick, endless = batch_input(4), batch_input(2, "[[scripted delay_ms=600000]]").replace(b"line-", b"endless-")
-    config, died = str(settings_file(tmp_path, engine)), False
+    settings, died = engine.configured(tmp_path), False
 
     def die_before_syncing_outcomes(call: Call) -> Answer:
         nonlocal died
@@ -178,11 +167,11 @@ def test_what_a_worker_finds_after_a_kill_survives_a_power_cut(
         return died and batch["request_counts"]["completed"] == 4 and engine.ledger()["in_flight"] == 2
 
     before = engine.ledger()["requests"]
-    with Server(disk.path, "--config", config, watched=Watched(die_before_syncing_outcomes)) as server:
+    with Server(disk.path, *settings, watched=Watched(die_before_syncing_outcomes)) as server:
         batch_id = server.create_batch(server.upload(quick + endless))["id"]
         server.await_batch(batch_id, recorded)
         disk.cut()
     disk.restore()
-    with Server(disk.path, "--config", config) as server:
+    with Server(disk.path, *settings) as server:
         server.await_batch(batch_id, lambda batch: recorded(batch) and engine.ledger()["requests"] >= before + 10)
     assert engine.ledger()["requests"] == before + 10, "the four lines once, the endless ones at each of three starts"

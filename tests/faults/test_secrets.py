@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.faults.test_odd_upstreams import Wire, running
-from tests.processes import Server
+from tests.processes import Server, configured
 
 PROMPT, ANSWER, KEY = "canary-in-the-prompt", "canary-in-the-answer", "canary-in-the-key"
 # Python runs it at the start of each of the server's processes, which knows no other way to make them log everything.
@@ -68,10 +68,9 @@ def test_no_prompt_answer_or_key_is_logged_or_in_an_error(tmp_path: Path, monkey
         {"custom_id": kind, "method": "POST", "url": "/v1/chat/completions", "body": body_of(kind)} for kind in KINDS
     ]
     content = "\n".join(map(json.dumps, lines)).encode()
-    config = tmp_path / "pronghorn.toml"
     with running(misbehaves) as (engine,):
-        config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\napi_key_env = "CANARY_KEY"\n')
-        with Server(tmp_path / "data", "--config", str(config)) as server:
+        settings = configured(tmp_path, engine.base_url, api_key_env="CANARY_KEY")
+        with Server(tmp_path / "data", *settings) as server:
             batch_id = server.create_batch(server.upload(content), completion_window="6s")["id"]
             server.await_batch(batch_id, lambda batch: batch["request_counts"]["failed"] >= 1)
             wrong = server.create_batch(server.upload(content + b'\n{"body": "' + PROMPT.encode()))["id"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.faults.test_kill import batch_input, check_output
-from tests.processes import ScriptedProcess, Server
+from tests.processes import ScriptedProcess, Server, configured
 
 LINES = 64
 WINDOW = 8
@@ -22,10 +22,7 @@ def engine(tmp_path: Path) -> Iterator[ScriptedProcess]:
 
 
 def settings(tmp_path: Path, engine: ScriptedProcess, drain_s: float) -> list[str]:
-    config = tmp_path / "pronghorn.toml"
-    upstream = f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n'
-    config.write_text(f"drain_s = {drain_s}\n{upstream}")
-    return ["--config", str(config)]
+    return configured(tmp_path, engine.base_url, models=["scripted"], window=WINDOW, drain_s=drain_s)
 
 
 def start_batch(server: Server, engine: ScriptedProcess, lines: bytes) -> str:

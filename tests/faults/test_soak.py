@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.beds import Bed, Scale
-from tests.processes import POLL_S, ScriptedProcess, Server
+from tests.processes import POLL_S, ScriptedProcess, Server, configured
 
 WINDOW = 1000
 MIB = 1 << 20
@@ -79,7 +79,7 @@ def test_memory_stays_low_and_flat_through_a_long_batch(tmp_path: Path, bed: Bed
     lines = bed.times(small=3000, ci=100_000, long=1_000_000)
     with (
         ScriptedProcess(tmp_path / "engine.log", latency_ms=bed.times(small=200, ci=400, long=400)) as engine,
-        Server(tmp_path / "data", *configured(tmp_path, engine)) as server,
+        Server(tmp_path / "data", *configured(tmp_path, engine.base_url, models=["scripted"], window=WINDOW)) as server,
     ):
         batch_id = start_batch(server, tmp_path / "input.jsonl", lines)
         samples: list[Sample] = []
@@ -108,7 +108,7 @@ def test_a_killed_batch_goes_on_at_once(tmp_path: Path, bed: Bed) -> None:
     lines = bed.times(small=6000, ci=300_000, long=1_000_000)
     books = tmp_path / "ledger.jsonl"
     with ScriptedProcess(tmp_path / "engine.log", latency_ms=ANSWER_S * 1000, ledger_path=books) as engine:
-        arguments = configured(tmp_path, engine)
+        arguments = configured(tmp_path, engine.base_url, models=["scripted"], window=WINDOW)
         with Server(tmp_path / "data", *arguments) as server:
             batch_id = start_batch(server, tmp_path / "input.jsonl", lines)
             server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] > lines / 4, timeout_s=1800)
@@ -122,12 +122,6 @@ def test_a_killed_batch_goes_on_at_once(tmp_path: Path, bed: Bed) -> None:
     print(f"{lines} lines: the first is sent {wall_s:.1f} s after a restart, with {cpu_s:.1f} s of processor time")
     # On a machine that is busy otherwise, what was needed is what counts.
     assert min(wall_s, cpu_s) < FIRST_DISPATCH_S_MAX
-
-
-def configured(tmp_path: Path, engine: ScriptedProcess) -> list[str]:
-    config = tmp_path / "pronghorn.toml"
-    config.write_text(f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n')
-    return ["--config", str(config)]
 
 
 def await_quiet(engine: ScriptedProcess) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.beds import Bed
-from tests.processes import Server, restarted
+from tests.processes import Server, configured, restarted
 
 UNLIMITED = "always"
 # Stated, because a window that is found by trying shrinks in such weather until the bed takes hours.
@@ -110,14 +110,11 @@ def test_every_line_of_a_storm_ends_as_the_table_says(tmp_path: Path, bed: Bed) 
     rare, crashes = bed.times(small=6, ci=30, long=60), bed.times(small=0, ci=2, long=5)
     weather = forecast(bed, lines, rare, crashes)
     books = tmp_path / "ledger.jsonl"
-    config = tmp_path / "pronghorn.toml"
     engine_settings = {"latency_ms": 5, "ledger_path": books, "allow_crash": "true", "trickle_ms": 200}
     with restarted(tmp_path / "engine.log", **engine_settings) as (engine, deaths):
-        config.write_text(
-            "line_timeout_s = 2\nrefused_pause_s = 0.5\nmodel_grace_s = 2\n"
-            f'[[upstream]]\nurl = "{engine.base_url}"\nmodels = ["scripted"]\nwindow = {WINDOW}\n'
-        )
-        with Server(tmp_path / "data", "--config", str(config)) as server:
+        bounds = {"line_timeout_s": 2, "refused_pause_s": 0.5, "model_grace_s": 2}
+        arguments = configured(tmp_path, engine.base_url, models=["scripted"], window=WINDOW, **bounds)
+        with Server(tmp_path / "data", *arguments) as server:
             content = b"\n".join(line_of(number, kind) for number, kind in enumerate(weather))
             batch_id = server.create_batch(server.upload(content))["id"]
             batch = server.await_batch(batch_id, timeout_s=bed.times(small=120, ci=600, long=3600))

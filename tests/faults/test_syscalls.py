@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import httpx2
 import pytest
-from tests.beds import Bed, require_seccomp
-from tests.faults.life import Client, calls_by_body, settings_file
-from tests.processes import ScriptedProcess, Server
+from tests.beds import Bed
+from tests.faults.life import Client, Engine
+from tests.processes import Server
 from tests.syscalls import Answer, Call, Kill, Watched
 
 # Lives of one server on one data directory; every file and batch of theirs is checked again in the last.
@@ -73,31 +73,25 @@ class Toll(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    require_seccomp()
-    return tmp_path_factory.mktemp("books") / "ledger.jsonl"
-
-
-@pytest.fixture(scope="module")
-def engine(books: Path) -> Iterator[ScriptedProcess]:
-    with ScriptedProcess(books.with_suffix(".log"), latency_ms=5, ledger_path=books) as engine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with Engine(tmp_path_factory.mktemp("engine"), latency_ms=5) as engine:
         yield engine
 
 
 class Lives:
     """Lives of servers on one engine, each until it is killed before a certain call."""
 
-    def __init__(self, folder: Path, engine: ScriptedProcess, books: Path) -> None:
+    def __init__(self, folder: Path, engine: Engine) -> None:
         self._folder = folder
-        self._books = books
-        self._config = str(settings_file(folder, engine))
+        self._engine = engine
+        self._settings = engine.configured(folder)
 
     def count_calls(self) -> Points:
         """Return every call that a kill can come before, as two undisturbed lives make them."""
         data_dir, client, lives = self._folder / "undisturbed", Client("undisturbed"), []
         for _ in range(2):
             lives.append(Trap(data_dir, client))
-            with Server(data_dir, "--config", self._config, watched=Watched(lives[-1])) as server:
+            with Server(data_dir, *self._settings, watched=Watched(lives[-1])) as server:
                 client.work(server)
                 server.kill()
         counts = lives[0].server_calls, lives[1].server_calls, lives[1].worker_calls
@@ -108,7 +102,7 @@ class Lives:
         client, data_dir, missed = Client(f"server{number}"), self._folder / f"server{number}", 0
         for point in points:
             missed += not self._one_life(client, data_dir, point)
-        with Server(data_dir, "--config", self._config) as server:
+        with Server(data_dir, *self._settings) as server:
             client.check(server)
             client.work(server)
             client.check(server, again=True)
@@ -118,7 +112,7 @@ class Lives:
         """Kill the workers of one server, then check all that was ever acknowledged."""
         client, data_dir, missed = Client(f"worker{number}"), self._folder / f"worker{number}", 0
         trap = Trap(data_dir, client, worker=True)
-        with Server(data_dir, "--config", self._config, watched=Watched(trap)) as server:
+        with Server(data_dir, *self._settings, watched=Watched(trap)) as server:
             for point in points:
                 trap.set(point)
                 client.work(server)
@@ -131,7 +125,7 @@ class Lives:
         """Start a server and use it until it is killed; return whether it was killed by the trap."""
         trap = Trap(data_dir, client, at=point)
         try:
-            with Server(data_dir, "--config", self._config, watched=Watched(trap)) as server:
+            with Server(data_dir, *self._settings, watched=Watched(trap)) as server:
                 client.check(server)
                 client.work(server)
                 server.kill()
@@ -141,7 +135,7 @@ class Lives:
         return trap.before is not None
 
     def _toll(self, client: Client, kills: int, missed: int) -> Toll:
-        return Toll(kills, missed, client.batches_ended, client.check_calls(calls_by_body(self._books)))
+        return Toll(kills, missed, client.batches_ended, client.check_calls(self._engine))
 
 
 def drawn(rng: random.Random, points: Points, wanted: int) -> Points:
@@ -159,10 +153,8 @@ def in_lives(first: Sequence[int], later: Sequence[int]) -> list[list[int]]:
     return series
 
 
-def test_a_kill_before_any_call_loses_nothing_and_runs_nothing_twice(
-    tmp_path: Path, engine: ScriptedProcess, books: Path, bed: Bed
-) -> None:
-    lives = Lives(tmp_path, engine, books)
+def test_a_kill_before_any_call_loses_nothing_and_runs_nothing_twice(tmp_path: Path, engine: Engine, bed: Bed) -> None:
+    lives = Lives(tmp_path, engine)
     points = lives.count_calls()
     found = sum(map(len, points))
     first, later, worker = drawn(bed.rng, points, bed.times(small=6, ci=300, long=found))
