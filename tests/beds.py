@@ -13,7 +13,7 @@ import pytest
 
 
 class Scale(enum.StrEnum):
-    """How much a test bed does: `small` within `make test`, `ci` by `make faults`, `long` by `make faults SCALE=long`."""
+    """How much a bed does: `small` within `make test`, `ci` by `make faults`, `long` by `make faults SCALE=long`."""
 
     SMALL = "small"
     CI = "ci"
