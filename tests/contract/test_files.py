@@ -107,7 +107,7 @@ async def test_a_file_whose_time_is_over_is_listed_no_more_and_no_input_of_a_new
 
     async def listed(now: int) -> list[File]:
         page = await world.files.page(ACCOUNT, now, purpose=None, limit=10, after=None, newest_first=False)
-        return page.files if page else []
+        return page.items if page else []
 
     async def param_of_problem(created_at: int) -> str | None:
         found = await checker.check(msgspec.structs.replace(batch, stamps=BatchStamps(created_at)))

@@ -176,8 +176,8 @@ async def test_pages_hold_each_batch_once_newest_first(metadata: Metadata, limit
     while has_more:
         page = await metadata.list_batches(OURS, limit=limit, after=seen[-1] if seen else None)
         assert page is not None
-        assert 0 < len(page.batches) <= limit
-        seen += [each.id for each in page.batches]
+        assert 0 < len(page.items) <= limit
+        seen += [each.id for each in page.items]
         has_more = page.has_more
     assert seen == [f"batch_{number}" for number in reversed(range(7))]
 
@@ -190,7 +190,7 @@ async def test_a_batch_added_between_pages_disturbs_none(metadata: Metadata) -> 
     second = await metadata.list_batches(OURS, limit=2, after="batch_1")
     assert first is not None
     assert second is not None
-    assert [each.id for each in (*first.batches, *second.batches)] == ["batch_2", "batch_1", "batch_0"]
+    assert [each.id for each in (*first.items, *second.items)] == ["batch_2", "batch_1", "batch_0"]
 
 
 async def test_an_unknown_cursor_and_a_foreign_one_are_alike(metadata: Metadata) -> None:
@@ -505,7 +505,7 @@ async def test_a_read_sees_every_write_that_has_returned(metadata: Metadata) -> 
     for number in range(20):
         await metadata.add_batch(batch(str(number)))
         pages = await asyncio.gather(*(metadata.list_batches(OURS, limit=1) for _ in range(4)))
-        assert {page.batches[0].id for page in pages if page} == {f"batch_{number}"}
+        assert {page.items[0].id for page in pages if page} == {f"batch_{number}"}
 
 
 async def test_sqlite_is_set_up_so_that_a_power_cut_loses_nothing(database: Database) -> None:
@@ -539,7 +539,7 @@ async def test_a_listing_holds_the_first_problems_and_a_single_batch_all(metadat
     await metadata.add_batch(batch("sound"))
     page = await metadata.list_batches(OURS, limit=10)
     assert page is not None
-    listed = {each.id: each.problems and msgspec.json.decode(each.problems) for each in page.batches}
+    listed = {each.id: each.problems and msgspec.json.decode(each.problems) for each in page.items}
     assert listed == {
         "batch_many": found_problems[:100],
         "batch_few": found_problems[:3],

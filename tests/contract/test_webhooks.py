@@ -96,7 +96,7 @@ async def end_batch(metadata: Metadata, number: int = 1, status: BatchStatus = S
 async def deliveries(webhooks: Webhooks, endpoint_id: str = "whe_1") -> list[Delivery]:
     page = await webhooks.list_deliveries(endpoint_id, limit=100)
     assert page is not None
-    return page.deliveries
+    return page.items
 
 
 async def due(webhooks: Webhooks, now: int = NOW, per_endpoint: int = 100, limit: int = 100) -> list[Delivery]:
@@ -134,7 +134,7 @@ class TestEndpoints:
         assert await webhooks.list_endpoints(THEIRS, limit=1, after="whe_1") is None
         listed = await webhooks.list_endpoints(THEIRS, limit=1)
         assert listed is not None
-        assert listed.endpoints == []
+        assert listed.items == []
         assert await webhooks.endpoint("whe_1", OURS) == endpoint()
 
     async def test_a_listing_is_paged_newest_first(self, webhooks: Webhooks) -> None:
@@ -144,7 +144,7 @@ class TestEndpoints:
         while more:
             page = await webhooks.list_endpoints(OURS, limit=2, after=after)
             assert page is not None
-            seen += [found.id for found in page.endpoints]
+            seen += [found.id for found in page.items]
             after, more = seen[-1], page.has_more
         assert seen == ["whe_4", "whe_3", "whe_2", "whe_1", "whe_0"]
         assert await webhooks.list_endpoints(OURS, limit=2, after="whe_9") is None
@@ -269,9 +269,9 @@ class TestDue:
         ended = [await end_batch(metadata, number) for number in range(3)]
         first = await webhooks.list_deliveries("whe_1", limit=2)
         assert first is not None
-        rest = await webhooks.list_deliveries("whe_1", limit=2, after=first.deliveries[-1].id)
+        rest = await webhooks.list_deliveries("whe_1", limit=2, after=first.items[-1].id)
         assert rest is not None
-        assert [found.event.batch_id for found in first.deliveries + rest.deliveries] == ended[::-1]
+        assert [found.event.batch_id for found in first.items + rest.items] == ended[::-1]
         assert (first.has_more, rest.has_more) == (True, False)
         assert await webhooks.list_deliveries("whe_1", limit=2, after="wh_x") is None
 

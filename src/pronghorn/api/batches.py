@@ -63,13 +63,7 @@ def routes(
         page = await metadata.list_batches(account_id, limit=limit, after=after)
         if page is None:
             raise NotFound(f"No batch found with id '{after}'.", param="after")
-        data = [wire.batch_object(batch) for batch in page.batches]
-        return wire.BatchList(
-            data=data,
-            first_id=data[0].id if data else None,
-            last_id=data[-1].id if data else None,
-            has_more=page.has_more,
-        )
+        return wire.BatchList.of(list(map(wire.batch_object, page.items)), has_more=page.has_more)
 
     @router.post("/v1/batches/{batch_id}/cancel")
     async def cancel_batch(batch_id: str, account_id: Annotated[str, Depends(caller)]) -> wire.BatchObject:

@@ -62,13 +62,7 @@ def routes(files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_exp
         )
         if page is None:
             raise NotFound(f"No such File object: {after}", param="after")
-        data = [wire.file_object(file) for file in page.files]
-        return wire.FileList(
-            data=data,
-            first_id=data[0].id if data else None,
-            last_id=data[-1].id if data else None,
-            has_more=page.has_more,
-        )
+        return wire.FileList.of(list(map(wire.file_object, page.items)), has_more=page.has_more)
 
     @router.get("/v1/files/{file_id}")
     async def retrieve_file(file_id: str, account_id: Annotated[str, Depends(caller)]) -> wire.FileObject:

@@ -31,10 +31,9 @@ TEST_BATCH_ID = "batch_" + "0" * 32
 Send = Callable[[WebhookEndpoint, Event, str], Awaitable[Reply | NoReply]]
 
 
-class WebhookEndpointObject(BaseModel):
+class WebhookEndpointObject(wire.Identified):
     """Where an account's events go; `disabled_at` is when the receiver answered 410 Gone."""
 
-    id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
     created_at: int
     updated_at: int | None
@@ -51,14 +50,8 @@ class WebhookEndpointWithSecret(WebhookEndpointObject):
     signing_secret: str
 
 
-class WebhookEndpointList(BaseModel):
+class WebhookEndpointList(wire.Page[WebhookEndpointObject]):
     """One page of endpoints, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[WebhookEndpointObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class DeletedWebhookEndpoint(BaseModel):
@@ -86,10 +79,9 @@ class WebhookEventTypeList(BaseModel):
     data: list[str]
 
 
-class WebhookDeliveryObject(BaseModel):
+class WebhookDeliveryObject(wire.Identified):
     """One event on its way to one endpoint; `id` is the receiver's `webhook-id`."""
 
-    id: str
     object: Literal["webhook_delivery"] = "webhook_delivery"
     webhook_endpoint_id: str
     event_id: str
@@ -104,14 +96,8 @@ class WebhookDeliveryObject(BaseModel):
     delivered_at: int | None
 
 
-class WebhookDeliveryList(BaseModel):
+class WebhookDeliveryList(wire.Page[WebhookDeliveryObject]):
     """One page of deliveries, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[WebhookDeliveryObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class _Request(wire.Request):
@@ -205,9 +191,7 @@ def _add_endpoint_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, id
         page = await webhooks.list_endpoints(account_id, limit=limit, after=after)
         if page is None:
             raise NotFound(f"No webhook endpoint found with id '{after}'.", param="after")
-        data = [_object(endpoint) for endpoint in page.endpoints]
-        first, last = (data[0].id, data[-1].id) if data else (None, None)
-        return WebhookEndpointList(data=data, first_id=first, last_id=last, has_more=page.has_more)
+        return WebhookEndpointList.of(list(map(_object, page.items)), has_more=page.has_more)
 
     @router.get("/v1/webhook_endpoints/{webhook_endpoint_id}")
     async def retrieve_webhook_endpoint(
@@ -283,9 +267,7 @@ def _add_use_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, ids: Id
         page = await webhooks.list_deliveries(webhook_endpoint_id, limit=limit, after=after)
         if page is None:
             raise NotFound(f"No webhook delivery found with id '{after}'.", param="after")
-        data = [_delivery_object(delivery) for delivery in page.deliveries]
-        first, last = (data[0].id, data[-1].id) if data else (None, None)
-        return WebhookDeliveryList(data=data, first_id=first, last_id=last, has_more=page.has_more)
+        return WebhookDeliveryList.of(list(map(_delivery_object, page.items)), has_more=page.has_more)
 
     @router.get("/v1/webhook_event_types")
     async def list_webhook_event_types(_: Annotated[str, Depends(caller)]) -> WebhookEventTypeList:

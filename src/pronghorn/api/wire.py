@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -40,10 +40,33 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
-class FileObject(BaseModel):
-    """A file's metadata."""
+class Identified(BaseModel):
+    """Something that is listed in pages."""
 
     id: str
+
+
+Listed = TypeVar("Listed", bound=Identified)
+
+
+class Page(BaseModel, Generic[Listed]):
+    """Some of a listing; the next page starts after the last id of this one."""
+
+    object: Literal["list"] = "list"
+    data: list[Listed]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, data: list[Listed], *, has_more: bool) -> Self:
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=data, first_id=first, last_id=last, has_more=has_more)
+
+
+class FileObject(Identified):
+    """A file's metadata."""
+
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
@@ -122,13 +145,12 @@ class ErrorCause(BaseModel):
     sample_custom_ids: list[str | None]
 
 
-class BatchObject(BaseModel):
+class BatchObject(Identified):
     """A batch: OpenAI's object, the job it runs under, and our extensions.
 
     `duplicate_bodies` counts the lines that are not run because an earlier one has their body.
     """
 
-    id: str
     object: Literal["batch"] = "batch"
     endpoint: str
     model: str | None
@@ -159,14 +181,8 @@ class BatchObject(BaseModel):
     error_summary: list[ErrorCause] | None
 
 
-class BatchList(BaseModel):
+class BatchList(Page[BatchObject]):
     """One page of batches, newest first."""
-
-    object: Literal["list"] = "list"
-    data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class ModelObject(BaseModel):
@@ -205,14 +221,8 @@ class JobList(BaseModel):
     data: list[JobObject]
 
 
-class FileList(BaseModel):
+class FileList(Page[FileObject]):
     """One page of files."""
-
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
 
 
 class FileDeleted(BaseModel):

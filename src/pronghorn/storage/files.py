@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 import sqlalchemy as sa
@@ -11,17 +10,11 @@ import sqlalchemy as sa
 from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import BlobRef, File
 from pronghorn.storage.database import Database
+from pronghorn.storage.pages import Page, read_page
 from pronghorn.storage.tables import batches, blob_removals, file_blobs, files, upload_parts
 
 # Removals handled in one go; a deleted output may have thousands of parts.
 REMOVALS_MAX = 1000
-
-
-class FilePage(NamedTuple):
-    """One page of a listing, and whether more follow."""
-
-    files: list[File]
-    has_more: bool
 
 
 class Files:
@@ -49,25 +42,15 @@ class Files:
 
     async def page(
         self, account_id: str, now: int, *, purpose: str | None, limit: int, after: str | None, newest_first: bool
-    ) -> FilePage | None:
+    ) -> Page[File] | None:
         """Return up to `limit` files that live at `now`, after the one with id `after`; None if that is unknown."""
-
-        def read(connection: sa.Connection) -> FilePage | None:
-            lives = sa.or_(files.c.expires_at.is_(None), files.c.expires_at > now)
-            query = files.select().where(files.c.account_id == account_id, lives)
-            if purpose is not None:
-                query = query.where(files.c.purpose == purpose)
-            if after is not None:
-                cursor = sa.select(files.c.order).where(files.c.id == after, files.c.account_id == account_id)
-                order = connection.scalar(cursor)
-                if order is None:
-                    return None
-                query = query.where(files.c.order < order if newest_first else files.c.order > order)
-            query = query.order_by(files.c.order.desc() if newest_first else files.c.order).limit(limit + 1)
-            rows = connection.execute(query).mappings().all()
-            return FilePage([_file(row) for row in rows[:limit]], len(rows) > limit)
-
-        return await self._database.read(read)
+        ours = files.c.account_id == account_id
+        query = files.select().where(sa.or_(files.c.expires_at.is_(None), files.c.expires_at > now))
+        if purpose is not None:
+            query = query.where(files.c.purpose == purpose)
+        return await self._database.read(
+            lambda c: read_page(c, files, ours, _file, limit=limit, after=after, query=query, newest_first=newest_first)
+        )
 
     async def delete(self, file_id: str, account_id: str) -> bool:
         """Forget a file and mark its blobs for removal; False, and nothing is done, while a batch still reads it."""

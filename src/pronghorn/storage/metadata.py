@@ -36,6 +36,7 @@ from pronghorn.domain.planning import Plan
 from pronghorn.errors import Fenced, KeyReused, invariant
 from pronghorn.limits import KIB
 from pronghorn.storage.database import Database
+from pronghorn.storage.pages import Page, read_page
 from pronghorn.storage.rows import (
     TALLY_COLUMNS,
     as_created,
@@ -55,13 +56,6 @@ from pronghorn.storage.webhooks import enqueue_event
 INSERT_ROWS_MAX = 200
 # So much of a batch's problems is read for a listing; that many have 15 KB unless a line names its model at length.
 PROBLEMS_OF_LISTED_BATCH_BYTES_MAX = 64 * KIB
-
-
-class Page(NamedTuple):
-    """Rows of a listing, and whether more follow."""
-
-    batches: list[Batch]
-    has_more: bool
 
 
 class OpenState(NamedTuple):
@@ -153,24 +147,15 @@ class Metadata:
         """Return a batch of this account; another account's is as good as none."""
         return await self._one_batch(batches.c.id == batch_id, batches.c.account_id == account_id)
 
-    async def list_batches(self, account_id: str, *, limit: int, after: str | None = None) -> Page | None:
+    async def list_batches(self, account_id: str, *, limit: int, after: str | None = None) -> Page[Batch] | None:
         """Return up to `limit` batches, newest first, after the one with id `after`; None if that is unknown.
 
         Each has the first PROBLEMS_OF_LISTED_BATCH_MAX of its problems.
         """
-
-        def read(connection: sa.Connection) -> Page | None:
-            query = _LISTED.where(batches.c.account_id == account_id)
-            if after is not None:
-                cursor = sa.select(batches.c.order).where(batches.c.id == after, batches.c.account_id == account_id)
-                order = connection.scalar(cursor)
-                if order is None:
-                    return None
-                query = query.where(batches.c.order < order)
-            rows = connection.execute(query.order_by(batches.c.order.desc()).limit(limit + 1)).mappings().all()
-            return Page([with_first_problems(batch_of(row)) for row in rows[:limit]], len(rows) > limit)
-
-        return await self._database.read(read)
+        ours = batches.c.account_id == account_id
+        return await self._database.read(
+            lambda c: read_page(c, batches, ours, _listed, limit=limit, after=after, query=_LISTED)
+        )
 
     async def open_batches(self) -> list[Batch]:
         """Return every batch that has not ended, oldest first."""
@@ -381,6 +366,10 @@ _LISTED = sa.select(
     *(column for column in batches.c if column is not batches.c.problems),
     sa.func.substr(batches.c.problems, 1, PROBLEMS_OF_LISTED_BATCH_BYTES_MAX, type_=sa.LargeBinary).label("problems"),
 )
+
+
+def _listed(row: sa.RowMapping) -> Batch:
+    return with_first_problems(batch_of(row))
 
 
 def _named(idempotency: Idempotency | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pronghorn.domain.webhooks import (
 )
 from pronghorn.ids import Ids, RandomIds
 from pronghorn.storage.database import Database
+from pronghorn.storage.pages import Page, read_page
 from pronghorn.storage.tables import webhook_deliveries as deliveries
 from pronghorn.storage.tables import webhook_endpoints as endpoints
 
@@ -35,20 +36,6 @@ FORGOTTEN_MAX = 1000
 _ENDED_BY_410 = "not sent: the receiver had answered 410 Gone, and the endpoint is disabled"
 
 _IDS = RandomIds()
-
-
-class EndpointPage(NamedTuple):
-    """Endpoints of a listing, and whether more follow."""
-
-    endpoints: list[WebhookEndpoint]
-    has_more: bool
-
-
-class DeliveryPage(NamedTuple):
-    """Deliveries of a listing, and whether more follow."""
-
-    deliveries: list[Delivery]
-    has_more: bool
 
 
 class Due(NamedTuple):
@@ -110,11 +97,12 @@ class Webhooks:
         """Return an endpoint of this account; another account's is as good as none."""
         return await self._database.read(lambda c: _find(c, endpoint_id, account_id))
 
-    async def list_endpoints(self, account_id: str, *, limit: int, after: str | None = None) -> EndpointPage | None:
+    async def list_endpoints(
+        self, account_id: str, *, limit: int, after: str | None = None
+    ) -> Page[WebhookEndpoint] | None:
         """Return up to `limit` endpoints, newest first, after the one with id `after`; None if that is unknown."""
-        here = (endpoints.c.account_id == account_id,)
-        rows = await self._database.read(lambda c: _page(c, endpoints, here, limit, after))
-        return None if rows is None else EndpointPage([_endpoint(row) for row in rows[:limit]], len(rows) > limit)
+        ours = endpoints.c.account_id == account_id
+        return await self._database.read(lambda c: read_page(c, endpoints, ours, _endpoint, limit=limit, after=after))
 
     async def update_endpoint(
         self,
@@ -176,11 +164,10 @@ class Webhooks:
 
     # Deliveries
 
-    async def list_deliveries(self, endpoint_id: str, *, limit: int, after: str | None = None) -> DeliveryPage | None:
+    async def list_deliveries(self, endpoint_id: str, *, limit: int, after: str | None = None) -> Page[Delivery] | None:
         """Return up to `limit` deliveries to an endpoint, newest first; None if the one to start after is unknown."""
-        here = (deliveries.c.endpoint_id == endpoint_id,)
-        rows = await self._database.read(lambda c: _page(c, deliveries, here, limit, after))
-        return None if rows is None else DeliveryPage([_delivery(row) for row in rows[:limit]], len(rows) > limit)
+        its = deliveries.c.endpoint_id == endpoint_id
+        return await self._database.read(lambda c: read_page(c, deliveries, its, _delivery, limit=limit, after=after))
 
     async def due(self, now: int, *, per_endpoint: int, limit: int) -> list[Due]:
         """Return deliveries whose time has come, at most `per_endpoint` of each endpoint that may be sent to."""
@@ -266,23 +253,6 @@ def _replace(connection: sa.Connection, before: WebhookEndpoint, after: WebhookE
     values = msgspec.structs.asdict(after) | {"event_types": _joined(after.event_types)}
     connection.execute(endpoints.update().where(endpoints.c.id == before.id).values(**values))
     return after
-
-
-def _page(
-    connection: sa.Connection,
-    table: sa.Table,
-    here: tuple[sa.ColumnElement[bool], ...],
-    limit: int,
-    after: str | None,
-) -> Sequence[sa.RowMapping] | None:
-    """Return up to one row more than `limit`, newest first, or None when there is no row `after`."""
-    query = table.select().where(*here)
-    if after is not None:
-        order = connection.scalar(sa.select(table.c.order).where(table.c.id == after, *here))
-        if order is None:
-            return None
-        query = query.where(table.c.order < order)
-    return connection.execute(query.order_by(table.c.order.desc()).limit(limit + 1)).mappings().all()
 
 
 def _joined(event_types: Sequence[EventType]) -> str:
