@@ -38,7 +38,6 @@ from pronghorn.limits import KIB
 from pronghorn.storage.database import Database
 from pronghorn.storage.pages import Page, read_page
 from pronghorn.storage.rows import (
-    TALLY_COLUMNS,
     as_created,
     batch_of,
     batch_values,
@@ -49,7 +48,7 @@ from pronghorn.storage.rows import (
     tally_values,
     with_first_problems,
 )
-from pronghorn.storage.tables import accounts, batches, file_blobs, files, jobs, shards
+from pronghorn.storage.tables import TALLY_COLUMNS, accounts, batches, file_blobs, files, jobs, shards
 from pronghorn.storage.webhooks import enqueue_event
 
 # Rows that are inserted at once; one of a shard whose every line is a copy has 64 KB.

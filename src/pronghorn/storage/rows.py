@@ -45,15 +45,6 @@ _SET_AT_CREATION = (
     "output_expires_after_s",
     "deduplicate",
 )
-TALLY_COLUMNS = (
-    "completed",
-    "failed",
-    "unrun",
-    "input_tokens",
-    "cached_tokens",
-    "output_tokens",
-    "reasoning_tokens",
-)
 
 
 def batch_values(batch: Batch) -> dict[str, Any]:

@@ -29,6 +29,16 @@ from pronghorn.domain.webhooks import DeliveryState
 # SQLite only counts up an INTEGER PRIMARY KEY; PostgreSQL needs the wider type.
 Order = BigInteger().with_variant(Integer, "sqlite")
 
+TALLY_COLUMNS = (
+    "completed",
+    "failed",
+    "unrun",
+    "input_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "reasoning_tokens",
+)
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -50,18 +60,7 @@ def _count(name: str) -> Column[int]:
 
 
 def _tally() -> list[Column[int]]:
-    return [
-        _count(name)
-        for name in (
-            "completed",
-            "failed",
-            "unrun",
-            "input_tokens",
-            "cached_tokens",
-            "output_tokens",
-            "reasoning_tokens",
-        )
-    ]
+    return [_count(name) for name in TALLY_COLUMNS]
 
 
 accounts = Table(
