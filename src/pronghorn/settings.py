@@ -32,8 +32,8 @@ class UpstreamSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ] = None
 
 
-class LlamaCppSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The embedded engine."""
+class EmbeddedSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What the embedded engines have in common."""
 
     model: Annotated[
         str | None, Meta(description="a GGUF file, or a directory of them; the built-in small model when left out")
@@ -46,22 +46,17 @@ class LlamaCppSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ] = 512
 
 
-class OpenVinoSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class LlamaCppSettings(EmbeddedSettings, forbid_unknown_fields=True, frozen=True):
+    """The embedded engine."""
+
+
+class OpenVinoSettings(EmbeddedSettings, forbid_unknown_fields=True, frozen=True):
     """The embedded engine for processors that it suits."""
 
     use: Annotated[
         Literal["auto", "always", "never"],
         Meta(description="whether it generates; auto: where it is installed and faster, unless llamacpp has a model"),
     ] = "auto"
-    model: Annotated[
-        str | None, Meta(description="a GGUF file, or a directory of them; the built-in small model when left out")
-    ] = None
-    slots: Annotated[Positive | None, Meta(description="lines run at once; from cores and memory when left out")] = None
-    threads: Annotated[Positive | None, Meta(description="threads of the engine; one a core when left out")] = None
-    context_tokens: Annotated[int, Meta(ge=256, description="prompt and answer of one line, in tokens")] = 2048
-    answer_tokens: Annotated[
-        int, Meta(ge=1, description="longest answer to a line that sets no max_tokens of its own, in tokens")
-    ] = 512
 
 
 class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
