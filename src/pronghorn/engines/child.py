@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import msgspec
 
@@ -139,6 +139,13 @@ def take_stdout() -> TextIO:
     status = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return status
+
+
+def end_failed(status: TextIO, error: Exception) -> NoReturn:
+    """Say in one line why the child cannot start, and end it."""
+    status.write(f"FAILED {' '.join(str(error).split())}\n")
+    status.flush()
+    os._exit(1)
 
 
 def end_with_parent() -> None:

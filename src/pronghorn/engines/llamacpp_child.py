@@ -5,13 +5,12 @@ What it says to its parent is in `child.py`; llama.cpp's log goes to stderr.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 
 import msgspec
 
-from pronghorn.engines.child import end_with_parent, take_stdout
+from pronghorn.engines.child import end_failed, end_with_parent, take_stdout
 
 
 class ChildOptions(msgspec.Struct, frozen=True):
@@ -34,9 +33,7 @@ def main() -> None:
     try:
         server = _serve(options)
     except Exception as error:
-        status.write(f"FAILED {error}\n")
-        status.flush()
-        os._exit(1)
+        end_failed(status, error)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are the server's, which ends us
     end_with_parent()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import msgspec
 import uvicorn
 import uvloop
 
-from pronghorn.engines.child import end_with_parent, take_stdout
+from pronghorn.engines.child import end_failed, end_with_parent, take_stdout
 from pronghorn.engines.openvino.face import Face
 from pronghorn.engines.openvino.generation import Generator
 from pronghorn.engines.openvino.grammars import Grammars
@@ -49,9 +48,7 @@ def main() -> None:
     try:
         batching, tokenizer = _load(options)
     except Exception as error:
-        status.write(f"FAILED {' '.join(str(error).split())}\n")
-        status.flush()
-        os._exit(1)
+        end_failed(status, error)
     uvloop.run(_serve(options, batching, tokenizer, lambda: status.write("READY\n")))
 
 
