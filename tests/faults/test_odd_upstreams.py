@@ -120,9 +120,11 @@ def running(*behaviours: Behaviour) -> Iterator[list[OddEngine]]:
 
 
 @contextmanager
-def serving(tmp_path: Path, engines: list[OddEngine], **settings: float) -> Iterator[Server]:
-    """Run a server over these engines; a traceback in its log fails the test."""
-    arguments = configured(tmp_path, *(engine.base_url for engine in engines), **settings)
+def serving(
+    tmp_path: Path, engines: list[OddEngine], *, window: int | None = None, **settings: float
+) -> Iterator[Server]:
+    """Run a server over these engines, each with this window; a traceback in its log fails the test."""
+    arguments = configured(tmp_path, *(engine.base_url for engine in engines), window=window, **settings)
     with Server(tmp_path / "data", *arguments) as server:
         yield server
     assert "Traceback" not in server.log()
@@ -171,7 +173,7 @@ async def cuts_short(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("bad", [fails, cuts_short])
-@pytest.mark.parametrize(("status", "times"), [(503, 5), (429, 50)])
+@pytest.mark.parametrize(("status", "times"), [(503, 5), (429, 20)])
 def test_one_bad_replica_of_two_spoils_no_line_while_the_other_answers_none(
     tmp_path: Path, bad: Behaviour, status: int, times: int
 ) -> None:
@@ -212,6 +214,23 @@ def test_a_line_that_is_always_refused_holds_up_no_other(tmp_path: Path) -> None
     with running(refuses_one) as engines, serving(tmp_path, engines, refused_pause_s=0.1) as server:
         batch_id = server.create_batch(server.upload(batch_input(LINES)))["id"]
         server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] == LINES - 1)
+
+
+async def refuses_some(wire: Wire) -> None:
+    if int(wire.prompt.split(" number ")[1].split()[0]) % 20 == 0:
+        await wire.answer(403, b'{"error": {"message": "flagged"}}')
+    else:
+        await wire.answer()
+
+
+def test_shards_with_more_refused_lines_than_the_window_holds_hold_up_no_other(tmp_path: Path) -> None:
+    lines = 2000
+    with (
+        running(refuses_some) as engines,
+        serving(tmp_path, engines, window=2, refused_pause_s=0.01) as server,
+    ):
+        batch_id = server.create_batch(server.upload(batch_input(lines)))["id"]
+        server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] == lines * 19 // 20)
 
 
 @pytest.mark.parametrize(

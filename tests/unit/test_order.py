@@ -92,8 +92,10 @@ def test_what_is_put_last_comes_after_all_others_whoever_takes() -> None:
         waiting.put_last(value)
     assert (len(waiting), waiting.next_is_new, waiting.next_put_back) == (4, True, None)
     assert [value.prompt for value in waiting] == [b"c", b"d", b"a", b"b"]
+    assert waiting.has_first
     assert [waiting.take_after(b"a").prompt, waiting.take_nearest(b"a").prompt] == [b"c", b"d"]
     assert (waiting.next_is_new, waiting.next_put_back) == (False, refused[0])
+    assert (len(waiting), waiting.has_first) == (2, False)
     waiting.put_back(refused[1])
     assert waiting.next_put_back == refused[1]
     assert [waiting.take(), waiting.take_anywhere(), waiting.take_nearest(b"z")] == [refused[1], *refused]

@@ -88,6 +88,11 @@ class PromptQueue(Generic[T]):
         yield from self._last
 
     @property
+    def has_first(self) -> bool:
+        """Tell whether something waits that was not put last."""
+        return bool(self._again) or self._taken < len(self._sorted)
+
+    @property
     def next_is_new(self) -> bool:
         """Tell whether what is taken next has not been put back."""
         return not self._put_back
@@ -100,7 +105,7 @@ class PromptQueue(Generic[T]):
     @property
     def _put_back(self) -> deque[T]:
         """Those that were put back of which one is taken next; none while others go first."""
-        return self._again if self._again or self._taken < len(self._sorted) else self._last
+        return self._again if self.has_first else self._last
 
     def add(self, values: Iterable[T]) -> None:
         """Put values in their places among those that wait; equal prompts stay in the order they came in."""

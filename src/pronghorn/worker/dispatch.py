@@ -152,7 +152,10 @@ class Dispatcher:
         """Start a shard; its end is reported as Done, Aside or Broken."""
         moved = partial(self._shard_moved, order.shard.key)
         run = ShardRun(order, self._segments, moved, prompt_order=self._config.prompt_order)
+        refused = [key for key, other in self._runs.items() if other.ready and not other.ready.has_first]
         self._runs[run.key] = run
+        for key in refused:
+            self._runs[key] = self._runs.pop(key)
         self._spawn(self._start(run))
 
     def close_batch(self, batch_id: str, closing: Closing) -> None:
@@ -474,7 +477,8 @@ class Dispatcher:
         self.fill()
 
     def _note_sent(self, run: ShardRun) -> None:
-        if (run.all_read or run.broken is not None) and not run.ready and not run.sent:
+        """Say once that others may be sent behind a shard; what its engine refuses goes behind them anyway."""
+        if (run.all_read or run.broken is not None) and not run.ready.has_first and not run.sent:
             run.sent = True
             self._report(Sent(run.key, run.shard.epoch))
 
