@@ -223,6 +223,13 @@ async def refuses_some(wire: Wire) -> None:
         await wire.answer()
 
 
+def test_a_refused_line_holds_up_others_for_a_second_and_not_for_as_long_as_a_refused_key(tmp_path: Path) -> None:
+    lines = 100
+    with running(refuses_some) as engines, serving(tmp_path, engines, refused_pause_s=300) as server:
+        batch_id = server.create_batch(server.upload(batch_input(lines)))["id"]
+        server.await_batch(batch_id, lambda batch: batch["request_counts"]["completed"] == lines * 19 // 20)
+
+
 def test_shards_with_more_refused_lines_than_the_window_holds_hold_up_no_other(tmp_path: Path) -> None:
     lines = 2000
     with (

@@ -115,7 +115,7 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
         pytest.param(answer(200, error(502)), once_more(Failure(status=502)), id="200 with error 502 in the body"),
         pytest.param(
             answer(200, error(401)),
-            Pause(300, 300, "the engine refuses access with status 401", Failure(status=401)),
+            Pause(1.0, 1.0, "the engine refuses access with status 401", Failure(status=401)),
             id="200 with error 401 in the body",
         ),
         pytest.param(
@@ -134,7 +134,7 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
         *(
             pytest.param(
                 answer(status),
-                Pause(300, 300, f"the engine refuses access with status {status}", Failure()),
+                Pause(1.0, 1.0, f"the engine refuses access with status {status}", Failure()),
                 id=str(status),
             )
             for status in (401, 403)
@@ -240,6 +240,14 @@ def test_some_symptoms_show_overload(symptom: Answer | Fault) -> None:
 @pytest.mark.parametrize("symptom", [*(answer(status) for status in (200, 400, 500, 502)), fault(FaultKind.REFUSED)])
 def test_others_do_not(symptom: Answer | Fault) -> None:
     assert not shows_overload(symptom)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_an_engine_is_left_alone_the_longer_the_more_lines_it_refuses_in_a_row(status: int) -> None:
+    for pauses, wait_s in [(0, 1.0), (1, 2.0), (8, 256.0), (9, 300.0), (10**6, 300.0)]:
+        found = verdict(answer(status), Effort(pauses=pauses))
+        assert isinstance(found, Pause)
+        assert (found.wait_s_min, found.wait_s_max) == (wait_s, wait_s)
 
 
 @pytest.mark.parametrize("symptom", [answer(429), answer(503), answer(401), fault(FaultKind.REFUSED)])

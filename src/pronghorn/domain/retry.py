@@ -291,7 +291,9 @@ def _judge_refusal(
             return _judge_rate_limit(error, headers, effort, now, patience)
         case 401 | 403:
             reason = f"the engine refuses access with status {status}"
-            return Pause(patience.refused_pause_s, patience.refused_pause_s, reason, or_else=Failure())
+            # The key may be refused, or one line only: that shows with the next ones.
+            wait_s = min(patience.refused_pause_s, _doubled(effort.pauses))
+            return Pause(wait_s, wait_s, reason, or_else=Failure())
         case 404 if (effort.spared or effort.absent_s < patience.model_grace_s) and _is_about_model(error):
             reason = "the engine does not know the model (404)"
             wait_s = min(ABSENT_MODEL_PAUSE_S, patience.model_grace_s)

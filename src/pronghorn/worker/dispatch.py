@@ -152,10 +152,7 @@ class Dispatcher:
         """Start a shard; its end is reported as Done, Aside or Broken."""
         moved = partial(self._shard_moved, order.shard.key)
         run = ShardRun(order, self._segments, moved, prompt_order=self._config.prompt_order)
-        refused = [key for key, other in self._runs.items() if other.ready and not other.ready.has_first]
         self._runs[run.key] = run
-        for key in refused:
-            self._runs[key] = self._runs.pop(key)
         self._spawn(self._start(run))
 
     def close_batch(self, batch_id: str, closing: Closing) -> None:
@@ -206,7 +203,7 @@ class Dispatcher:
     # Sending
 
     def fill(self) -> None:
-        """Send ready lines, oldest shard first, while a replica that answers them has room.
+        """Send ready lines, oldest shard first and refused ones last, while a replica that answers them has room.
 
         What answers of this turn of the loop have recorded is written first: a kill between the two wastes no call.
         """
@@ -216,10 +213,16 @@ class Dispatcher:
         if self._isolation and (apart := self._isolation.next(now)) is not None:
             for line in apart.lines:
                 self._send(line, apart.lane, now)
-        for run in list(self._runs.values()):
-            while run.ready and (lane := self._lanes.roomiest(run, now, self._waiting)) is not None:
+        runs = list(self._runs.values())
+        for run in runs:
+            while run.ready.has_first and (lane := self._lanes.roomiest(run, now, self._waiting)) is not None:
                 self._send(next_line(lane, run, self._runs.values()), lane, now)
             self._note_sent(run)
+        for run in runs:
+            while not run.ready.has_first and run.ready:
+                if (lane := self._lanes.roomiest(run, now, self._waiting)) is None:
+                    break
+                self._send(next_line(lane, run, self._runs.values()), lane, now)
 
     def _send(self, line: Line, lane: Lane, now: float) -> None:
         run = line.run
@@ -353,7 +356,7 @@ class Dispatcher:
         """Make a line that was refused ready again behind all others: where it is at fault, another probes the way."""
         run = line.run
         run.put_back(line, last=True)
-        if run.key in self._runs:
+        if run.key in self._runs and not run.ready.has_first:
             self._runs[run.key] = self._runs.pop(run.key)
         self._give_up_if_closing(run)
 
