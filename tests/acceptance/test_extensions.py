@@ -64,6 +64,14 @@ def test_a_retry_that_is_sent_again_has_the_same_answer_when_the_files_are_gone(
     assert (other.status_code, other.json()["error"]["code"]) == (400, "idempotency_key_reused")
 
 
+def test_a_retry_whose_input_goes_while_it_is_read_says_so(server: Server) -> None:
+    old = run(server, b"".join(FAILING))
+    (server.data_dir / "blobs" / "files" / old["input_file_id"]).unlink()  # as a deletion at that moment does
+    answer = server.http.post(f"/v1/batches/{old['id']}/retry", json={})
+    assert (answer.status_code, "its files are gone" in answer.text) == (400, True)
+    server.http.delete(f"/v1/files/{old['input_file_id']}").raise_for_status()
+
+
 def test_a_retry_that_starts_nothing_leaves_nothing_behind(server: Server) -> None:
     old = run(server, b"".join(FAILING))
     path, headers = f"/v1/batches/{old['id']}/retry", {"Idempotency-Key": "retry-1"}

@@ -16,13 +16,14 @@ from pronghorn.domain.lifecycle import TERMINAL
 from pronghorn.domain.model import Batch, BatchStamps, BatchStatus, BlobRef, Endpoint, File
 from pronghorn.domain.planning import RawLine, split_lines
 from pronghorn.domain.selection import Selection, select
-from pronghorn.errors import Conflict, InvalidRequest, StorageError
+from pronghorn.errors import Conflict, InvalidRequest, NotStored, StorageError
 from pronghorn.ids import Ids
 from pronghorn.limits import MIB
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.files import Files
 from pronghorn.storage.metadata import Metadata
 
+FILES_GONE = "There is nothing to retry: the batch has no failed lines, or its files are gone."
 # A line of an error file holds an engine's whole answer, which has a bound of its own where it is received.
 RESULT_BYTES_MAX = 1024 * MIB
 
@@ -71,12 +72,15 @@ def routes(
         source = await files.find(old.input_file_id, old.account_id)
         errors = old.error_file_id and await files.find(old.error_file_id, old.account_id)
         if source is None or not errors:
-            raise InvalidRequest("There is nothing to retry: the batch has no failed lines, or its files are gone.")
+            raise InvalidRequest(FILES_GONE)
         lines = await lines_of(source, line_bytes_max)
         results = await lines_of(errors, RESULT_BYTES_MAX)
         file_id = ids.new("file-")
         key = f"files/{file_id}"
-        size = await blobs.through_whole_files(partial(store, key, lines, results, selection))
+        try:
+            size = await blobs.through_whole_files(partial(store, key, lines, results, selection))
+        except NotStored as error:  # deleted while they were read
+            raise InvalidRequest(FILES_GONE) from error
         if not size:
             raise InvalidRequest("There is nothing to retry: no failed line has one of these codes or statuses.")
         now = clock.now()
