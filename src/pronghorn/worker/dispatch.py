@@ -219,9 +219,7 @@ class Dispatcher:
                 self._send(next_line(lane, run, self._runs.values()), lane, now)
             self._note_sent(run)
         for run in runs:
-            while not run.ready.has_first and run.ready:
-                if (lane := self._lanes.roomiest(run, now, self._waiting)) is None:
-                    break
+            while run.sends_last and (lane := self._lanes.roomiest(run, now, self._waiting)) is not None:
                 self._send(next_line(lane, run, self._runs.values()), lane, now)
 
     def _send(self, line: Line, lane: Lane, now: float) -> None:

@@ -139,6 +139,11 @@ class ShardRun:
         return not self.pending if self.broken is not None else self.ended
 
     @property
+    def sends_last(self) -> bool:
+        """Tell whether nothing is ready but lines that go behind those of all shards."""
+        return bool(self.ready) and not self.ready.has_first
+
+    @property
     def sends_no_more(self) -> bool:
         return self.closing is not None or self.broken is not None
 
