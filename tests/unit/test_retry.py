@@ -141,7 +141,7 @@ QUOTA = Pause(300, 300, "the engine says the quota is used up")
         ),
         *(
             pytest.param(
-                answer(404, body), Pause(30, 30, UNKNOWN_MODEL, Failure(), model_only=True), id=f"404 model, {source}"
+                answer(404, body), Pause(1.0, 1.0, UNKNOWN_MODEL, Failure(), model_only=True), id=f"404 model, {source}"
             )
             for source, body in {
                 "OpenAI": error("model_not_found"),
@@ -216,6 +216,17 @@ def test_an_engine_without_the_model_is_not_taken_at_its_word_while_another_is_a
     found = verdict(answer(404, error("model_not_found")), Effort(absent_s=1e9, spared=True))
     assert isinstance(found, Pause)
     assert found.model_only
+
+
+@pytest.mark.parametrize(("status", "code", "longest_s"), [(404, "model_not_found", 30.0), (401, "invalid_key", 300.0)])
+def test_an_engine_that_goes_on_refusing_is_asked_ever_more_rarely(status: int, code: str, longest_s: float) -> None:
+    def wait_s(pauses: int) -> float:
+        found = verdict(answer(status, error(code)), Effort(pauses=pauses))
+        assert isinstance(found, Pause)
+        return found.wait_s_max
+
+    assert [wait_s(pauses) for pauses in range(5)] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert wait_s(1000) == longest_s
 
 
 def test_an_unknown_model_is_waited_for_and_then_given_up() -> None:

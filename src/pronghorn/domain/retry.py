@@ -21,7 +21,7 @@ SERVER_ERROR_ATTEMPTS_MAX = 3
 RETRY_AFTER_LINE_S_MAX = 300.0
 BACKOFF_S_MAX = 60.0
 LOADING_BACKOFF_S_MAX = 30.0
-# A model that an engine does not know is asked for again this often while it may still be loading.
+# A model that an engine does not know is asked for again at least this often while it may still be loading.
 ABSENT_MODEL_PAUSE_S = 30.0
 # Connections that close, of which each line in flight has one, make room for others.
 OUT_OF_FILES_WAIT_S = 1.0
@@ -87,8 +87,9 @@ Verdict = Success | Failure | Again | Pause | Lost
 
 class Effort(NamedTuple):
     """What a line has had: `tries` counts all, this one included; `charged` those that use up its attempts;
-    `pauses` how often in a row the engine has been paused; `absent_s` for how long it has not known the model;
-    `spared` tells that an engine which has not failed the line is only away, so that no failure is its last."""
+    `pauses` how often in a row the engine has been paused, or has not known the line's model; `absent_s` for how long
+    it has not; `spared` tells that an engine which has not failed the line is only away, so that no failure is its
+    last."""
 
     tries: int = 1
     charged: int = 1
@@ -296,7 +297,8 @@ def _judge_refusal(
             return Pause(wait_s, wait_s, reason, or_else=Failure())
         case 404 if (effort.spared or effort.absent_s < patience.model_grace_s) and _is_about_model(error):
             reason = "the engine does not know the model (404)"
-            wait_s = min(ABSENT_MODEL_PAUSE_S, patience.model_grace_s)
+            # It may be loading, or one of several engines behind one address may be another: that shows at once.
+            wait_s = min(ABSENT_MODEL_PAUSE_S, _doubled(effort.pauses), patience.model_grace_s)
             return Pause(wait_s, wait_s, reason, or_else=Failure(), model_only=True)
         case 503:
             wait = retry_after(headers, now)

@@ -242,7 +242,7 @@ class Dispatcher:
         run, now = line.run, self._clock.monotonic()
         # What another replica answers is no line's fault, however long this one has not known the model.
         absent_s = lane.absent_s(now, run.model) if lane.absent and not self._lanes.another_serves(lane, run) else 0.0
-        effort = retry.Effort(line.tries, line.charged, lane.breaker.trips, absent_s)
+        effort = retry.Effort(line.tries, line.charged, lane.trips(run.model), absent_s)
         verdict = retry.judge(answer, run.endpoint, effort, self._clock.wall(), self._patience)
         if not isinstance(verdict, retry.Success) and self._lanes.another_is_away(lane, line, now):
             spared = effort._replace(spared=True)

@@ -102,6 +102,11 @@ class Lane:
         absence = self.absent.get(model)
         return 0.0 if absence is None else now - absence.since
 
+    def trips(self, model: str) -> int:
+        """Return how often in a row lines like this have found the engine paused, or without their model."""
+        absence = self.absent.get(model)
+        return self.breaker.trips if absence is None else max(self.breaker.trips, absence.breaker.trips)
+
     def away_s(self, now: float, model: str) -> float:
         """Return for how long lines like this have not had their outcomes here because of the engine."""
         return max(self.breaker.open_s(now), self.absent_s(now, model))
