@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -14,7 +15,7 @@ import pronghorn
 from pronghorn.api import batches, faults, files, jobs, live, models, reruns, streams, uploads, webhooks, wire
 from pronghorn.api.launch import Launcher
 from pronghorn.domain.addresses import AllowedHosts
-from pronghorn.errors import StorageError, TooLarge
+from pronghorn.errors import Stopping, StorageError, TooLarge
 from pronghorn.limits import JSON_BODY_BYTES_MAX, LIVE_BODY_BYTES_MAX, UPLOAD_COMPLETE_BODY_BYTES_MAX
 from pronghorn.settings import Settings
 from pronghorn.system import System
@@ -93,7 +94,10 @@ class _RequestId:
 
 
 class _BreakOff:
-    """Breaks an answer off, and says why, where storage fails after its first byte: no error can be answered then."""
+    """Breaks an answer off, and says why, where storage fails or the server stops after its first byte.
+
+    No error can be answered then; before, a request that outlasts the server is answered with 503.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -108,6 +112,12 @@ class _BreakOff:
 
         try:
             await self._app(scope, receive, send_and_note)
+        except asyncio.CancelledError:
+            if started or scope["type"] != "http":
+                log.warning("%s %s breaks off: the server stops", scope.get("method"), scope.get("path"))
+                return
+            stopping = Stopping("The server is stopping. Send the request again soon.", code="server_stopping")
+            await faults.envelope(stopping, {"connection": "close"})(scope, receive, send)
         except Exception as error:
             # The framework wraps what it has a handler for and cannot answer any more.
             reason = error.__cause__ if isinstance(error, RuntimeError) else error

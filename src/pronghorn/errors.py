@@ -114,6 +114,14 @@ class OutOfFiles(RequestError):
     headers: Mapping[str, str] = {"retry-after": "5"}
 
 
+class Stopping(RequestError):
+    """The server ends before the request does."""
+
+    status = 503
+    type = "server_error"
+    headers: Mapping[str, str] = {"retry-after": "5"}
+
+
 class EngineTimedOut(RequestError):
     """The engine took a live request and was silent for too long."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +75,19 @@ def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path: Path, engine: 
     with Server(tmp_path / "data", *settings(tmp_path, engine, drain_s=0)) as server:
         check_output(server, server.batch(batch_id), LINES)
         server.await_batch(batch_id, lambda _: engine.ledger()["requests"] == asked + WINDOW)
+
+
+def test_a_request_that_outlasts_the_drain_is_answered_with_503(tmp_path: Path, engine: ScriptedProcess) -> None:
+    with Server(tmp_path / "data", *settings(tmp_path, engine, drain_s=0)) as server:
+        host, port = server.base_url.removeprefix("http://").rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=60) as stalled:
+            stalled.sendall(
+                b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+                b"Content-Length: 100000\r\n\r\n--b\r\nContent-Disposition: form-data; name=purpose\r\n\r\nba"
+            )
+            server.batch(start_batch(server, engine, batch_input(LINES)))  # so it has been read before
+            assert server.terminate() == 0
+            answer = b"".join(iter(lambda: stalled.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "server_stopping"
+    assert "Traceback" not in server.log()
