@@ -14,9 +14,10 @@ from pronghorn.domain.retry import Lost
 # line that is alone three times when its engine dies is no coincidence.
 SHARED_DEATHS_MAX = 2
 ALONE_DEATHS_MAX = 3
-# Where engines die again and again for reasons of their own, it is one, and the more of it has been seen the more it
-# takes to suspect a line.
-ACQUITTALS_MAX = 3
+# Where the engine was seen to die by itself, lines may be part of more of its deaths; not of many more, for each takes
+# along all that the engine has, and may cost minutes.
+SHARED_DEATHS_OF_FRAIL_MAX = 4
+ALONE_DEATHS_OF_FRAIL_MAX = 4
 # One lost canary has met an engine that was just ending; so many show one that is there and loses what it gets.
 CANARIES_LOST_MAX = 3
 
@@ -68,25 +69,26 @@ class Doubt(Generic[LineT]):
 class Suspicion:
     """How many deaths of an engine it takes to suspect a line, and to find it guilty.
 
-    A line that was alone when its engine died, and is answered the next time, shows that the engine dies by itself.
+    A line that was alone when its engine died, and is answered the next time, shows that the engine is frail: it dies
+    by itself. That holds until a line is found guilty.
     """
 
     def __init__(self) -> None:
-        self._acquittals = 0
+        self._frail = False
 
     @property
     def shared_deaths_max(self) -> int:
-        return SHARED_DEATHS_MAX << self._acquittals
+        return SHARED_DEATHS_OF_FRAIL_MAX if self._frail else SHARED_DEATHS_MAX
 
     @property
     def alone_deaths_max(self) -> int:
-        return ALONE_DEATHS_MAX + self._acquittals
+        return ALONE_DEATHS_OF_FRAIL_MAX if self._frail else ALONE_DEATHS_MAX
 
     def acquit(self) -> None:
-        self._acquittals = min(ACQUITTALS_MAX, self._acquittals + 1)
+        self._frail = True
 
     def convict(self) -> None:
-        self._acquittals = max(0, self._acquittals - 1)
+        self._frail = False
 
 
 def canary(endpoint: Endpoint, model: str) -> bytes:

@@ -93,10 +93,11 @@ class Isolation:
     def end(self) -> list[Line]:
         """Keep no replica clear any more, and return the suspects that have been waiting.
 
-        The suspicion of a line that has taken too long starts anew, and the next time it is left alone for twice as
-        long: it may take that long to kill.
+        The suspicion of a line that has taken too long alone starts anew, and the next time it is left alone for twice
+        as long: it may take that long to kill. Of several that ran together, one may hold up those that kill.
         """
-        for slow in self._running:
+        if len(self._running) == 1:
+            [slow] = self._running
             slow.deaths = 0
             slow.isolations_ended += 1
         self._keep_clear(None)
