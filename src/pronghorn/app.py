@@ -103,6 +103,9 @@ class _BreakOff:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         started = False
 
         async def send_and_note(message: Message) -> None:
@@ -113,8 +116,8 @@ class _BreakOff:
         try:
             await self._app(scope, receive, send_and_note)
         except asyncio.CancelledError:
-            if started or scope["type"] != "http":
-                log.warning("%s %s breaks off: the server stops", scope.get("method"), scope.get("path"))
+            if started:
+                log.warning("%s %s breaks off: the server stops", scope["method"], scope["path"])
                 return
             stopping = Stopping("The server is stopping. Send the request again soon.", code="server_stopping")
             await faults.envelope(stopping, {"connection": "close"})(scope, receive, send)

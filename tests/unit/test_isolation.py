@@ -139,6 +139,33 @@ class DyingEngine:
         self._has.clear()
 
 
+class FrailEngine(DyingEngine):
+    """Dies with the first lines together, twice, and once with the first of them that is alone; that one it answers
+    the next time, the others of them only two at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(slow=LINES)
+        self._alone: int | None = None
+        self._here: set[int] = set()
+        self._two_came = asyncio.Event()
+
+    async def __call__(self, wire: Wire) -> None:
+        number = int(wire.prompt.split()[-1]) if "number" in wire.prompt else -1
+        is_back = asyncio.get_running_loop().time() >= self._back_at
+        if is_back and self.deaths >= 2 and 0 <= number < WINDOW:
+            if self._alone is None:
+                self._alone = number
+                self._has[wire] = number
+                self._die()
+                return
+            if number != self._alone:
+                self._here.add(number)
+                if len(self._here) > 1:
+                    self._two_came.set()
+                await self._two_came.wait()
+        await super().__call__(wire)
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster) -> None:
     blockbuster.deactivate()  # a worker writes in its loop: a thread would cost more than the write
@@ -201,6 +228,32 @@ async def test_a_suspect_whose_engine_died_again_runs_alone(tmp_path: Path) -> N
         apart = suspects.next(0.0)
         assert apart is not None
         assert [line.number for line in apart.lines] == [7]
+
+
+async def test_lines_run_together_again_once_their_engine_was_seen_to_die_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (triage, isolation):
+        monkeypatch.setattr(module, "QUIET_S_MAX", LINE_TIMEOUT_S)  # nothing else ends what is alone
+    behave = FrailEngine()
+    with running(behave) as (engine,):
+        async with dispatching(tmp_path, engine) as reports:
+            result = (await reports.end()).result
+    assert (result.tally.completed, behave.deaths) == (LINES, 3)
+
+
+@pytest.mark.parametrize(("suspected", "deaths", "ended"), [(1, 0, 1), (16, SHARED_DEATHS_MAX, 0)])
+async def test_only_a_line_that_took_long_alone_is_trusted_again(
+    tmp_path: Path, suspected: int, deaths: int, ended: int
+) -> None:
+    async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
+        suspects = isolation.Isolation(lanes)
+        for number in range(suspected):
+            suspects.add(suspect(tmp_path, number))
+        apart = suspects.next(0.0)
+        assert apart is not None
+        suspects.end()
+        assert {(line.deaths, line.isolations_ended) for line in apart.lines} == {(deaths, ended)}
 
 
 async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path: Path) -> None:
