@@ -35,6 +35,7 @@ from pronghorn.engines.connection import Connection
 from pronghorn.limits import KIB, MIB
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}"
+LOADING = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n4;x=y\r\n  []\r\n0\r\nStatus: 500\r\n\r\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -814,6 +815,24 @@ async def test_an_engine_that_is_gone_after_it_had_the_request_has_lost_it() -> 
         last.close()
         assert await fault_of(sent) is FaultKind.DISCONNECTED
         assert await fault_of(send(client)) is FaultKind.REFUSED
+
+
+@on_both_loops
+async def test_an_engine_that_is_loading_after_it_had_the_request_has_lost_it() -> None:
+    async with engine() as served:
+        client = served.client()
+        last = await used_connection(served, client)
+        sent = send(client)
+        await last.request()
+        last.close()
+        loading = await served.accept()
+        await loading.request()
+        loading.writer.write(LOADING)
+        assert await fault_of(sent) is FaultKind.DISCONNECTED
+        again = send(client)
+        await loading.request()
+        loading.writer.write(LOADING)
+        assert (await answer_of(again)).status == 503
 
 
 @on_both_loops

@@ -271,6 +271,8 @@ class Connection(asyncio.Protocol):
     def _finish(self, request: Request) -> None:
         """Take a complete answer, unless it may be the one before, sent twice: then what comes next decides."""
         answer = self._answer()
+        if request.retried and request.sink is None and self._status == 503:
+            answer = self._pool.gone()
         if isinstance(answer, Answer) and request.sink is None and self._is_suspect(request, answer):
             wait_s = REPEAT_WAIT_S_MIN + REPEAT_WAIT_TIMES * self._took_s
             self._held = answer, self._pool.loop.call_later(wait_s, self._believe)

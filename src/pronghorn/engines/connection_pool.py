@@ -109,6 +109,10 @@ class ConnectionPool:
     def fault(self, kind: FaultKind, what: str) -> Fault:
         return Fault(kind, f"engine {self._address.origin} {what}")
 
+    def gone(self) -> Fault:
+        """Return the fault of a request that was sent before: the engine may have ended while it had it."""
+        return self.fault(FaultKind.DISCONNECTED, "closed the connection before it answered, and takes nothing more")
+
     def deliver(self, done: Done, result: Answer | Fault) -> None:
         try:
             done(result)
@@ -146,7 +150,7 @@ class ConnectionPool:
         except Exception as error:
             # With a connection made, connection_lost has the say.
             if request.connection is None:
-                request.settle(self._gone() if request.retried else self._connect_fault(error))
+                request.settle(self.gone() if request.retried else self._connect_fault(error))
         finally:
             timer.cancel()
 
@@ -156,10 +160,6 @@ class ConnectionPool:
         # Not left to _connect itself, which never begins when it is cancelled soon enough.
         if task.cancelled():
             request.abort()
-
-    def _gone(self) -> Fault:
-        """Return the fault of a request that was sent before: the engine may have ended while it had it."""
-        return self.fault(FaultKind.DISCONNECTED, "closed the connection before it answered, and takes no new one")
 
     def _connect_fault(self, error: Exception) -> Fault:
         match error:
