@@ -12,7 +12,8 @@ import pytest
 from blockbuster import BlockBuster
 
 from pronghorn.clock import SystemClock
-from pronghorn.domain.doubt import SHARED_DEATHS_MAX
+from pronghorn.domain import retry
+from pronghorn.domain.doubt import ALONE_DEATHS_MAX, SHARED_DEATHS_MAX
 from pronghorn.domain.model import BlobRef, Endpoint, Replica, Shard, ShardKey
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.room import Room
@@ -32,6 +33,8 @@ QUIET_S = 0.3
 TURNS_TO_CLOSE = 5
 # How long an engine is gone: less than the time between two canaries.
 LOAD_S = 0.2
+# How long an engine takes for an answer: long enough for another line to come meanwhile.
+BUSY_S = 0.02
 # Far beyond the end of the test: nothing here ends by a line's timeout.
 LINE_TIMEOUT_S = 600.0
 
@@ -69,11 +72,11 @@ class Reports:
 
 
 @asynccontextmanager
-async def dispatching(tmp_path: Path, engine: OddEngine) -> AsyncIterator[Reports]:
+async def dispatching(tmp_path: Path, engine: OddEngine, *, refused_pause_s: float = 60.0) -> AsyncIterator[Reports]:
     """Send a shard to the engine."""
     reports, blobs = Reports(), Blobs(tmp_path / "blobs")
     dispatcher = Dispatcher(
-        Configure("", "", 1 << 20, LINE_TIMEOUT_S, 60.0, 60.0, prompt_order=False),
+        Configure("", "", 1 << 20, LINE_TIMEOUT_S, refused_pause_s, 60.0, prompt_order=False),
         blobs=blobs,
         segments=Segments(tmp_path / "segments"),
         room=Room(tmp_path),
@@ -166,6 +169,59 @@ class FrailEngine(DyingEngine):
         await super().__call__(wire)
 
 
+class LoadingEngine:
+    """Dies with all that it has when it gets `killer`; then it answers 503 for LOAD_S, as one that loads its model."""
+
+    def __init__(self, killer: int) -> None:
+        self._killer = f"number {killer} "
+        self._has: set[Wire] = set()
+        self._back_at = 0.0
+        self.deaths = 0
+
+    async def __call__(self, wire: Wire) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._back_at:
+            await wire.answer(503)
+        elif self._killer in wire.prompt:
+            self.deaths += 1
+            self._back_at = loop.time() + LOAD_S
+            for lost in (wire, *self._has):
+                lost.close()
+            self._has.clear()
+        else:
+            self._has.add(wire)
+            await asyncio.sleep(BUSY_S)
+            if wire in self._has:
+                self._has.remove(wire)
+                await wire.answer()
+
+
+class RefusingEngine:
+    """Never answers `lost`: closes its connection, and refuses access to whatever else it has then, once for each.
+
+    No connection is used twice, so that none of the askings is the repetition that costs nothing.
+    """
+
+    def __init__(self, lost: int) -> None:
+        self._lost = f"number {lost} "
+        self._closed = asyncio.Event()
+        self._refused: set[str] = set()
+        self.asked = 0
+
+    async def __call__(self, wire: Wire) -> None:
+        if self._lost in wire.prompt:
+            self.asked += 1
+            wire.close()
+            self._closed.set()
+        elif "number" in wire.prompt and wire.prompt not in self._refused:
+            self._refused.add(wire.prompt)
+            await self._closed.wait()
+            await asyncio.sleep(BUSY_S)  # so that the loss is known first
+            await wire.answer(401, None, "Connection: close")
+        else:
+            await wire.answer(200, None, "Connection: close")
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster) -> None:
     blockbuster.deactivate()  # a worker writes in its loop: a thread would cost more than the write
@@ -200,7 +256,7 @@ def suspect(segments: Path, number: int, deaths: int = SHARED_DEATHS_MAX, model:
 
 async def test_a_suspect_that_no_replica_answers_holds_up_no_other(tmp_path: Path) -> None:
     async with lanes_of(Replica("http://127.0.0.1:9/v1", models=("here",), window=WINDOW)) as lanes:
-        suspects = isolation.Isolation(lanes)
+        suspects = isolation.Isolation(lanes, lambda lane: None)
         for deaths, model in ((3, "gone"), (2, "here"), (4, "gone")):
             suspects.add(suspect(tmp_path, 1, deaths, model))
         apart = suspects.next(0.0)
@@ -211,7 +267,7 @@ async def test_a_suspect_that_no_replica_answers_holds_up_no_other(tmp_path: Pat
 @pytest.mark.parametrize(("suspected", "together"), [(1, 1), (9, 1), (16, 4), (100, 10), (1000, 16)])
 async def test_many_suspects_run_a_few_at_a_time(tmp_path: Path, suspected: int, together: int) -> None:
     async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
-        suspects = isolation.Isolation(lanes)
+        suspects = isolation.Isolation(lanes, lambda lane: None)
         for number in range(suspected):
             suspects.add(suspect(tmp_path, number))
         apart = suspects.next(0.0)
@@ -222,7 +278,7 @@ async def test_many_suspects_run_a_few_at_a_time(tmp_path: Path, suspected: int,
 
 async def test_a_suspect_whose_engine_died_again_runs_alone(tmp_path: Path) -> None:
     async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
-        suspects = isolation.Isolation(lanes)
+        suspects = isolation.Isolation(lanes, lambda lane: None)
         for number in range(20):
             suspects.add(suspect(tmp_path, number, deaths=SHARED_DEATHS_MAX + (number == 7)))
         apart = suspects.next(0.0)
@@ -247,13 +303,37 @@ async def test_only_a_line_that_took_long_alone_is_trusted_again(
     tmp_path: Path, suspected: int, deaths: int, ended: int
 ) -> None:
     async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
-        suspects = isolation.Isolation(lanes)
+        suspects = isolation.Isolation(lanes, lambda lane: None)
         for number in range(suspected):
             suspects.add(suspect(tmp_path, number))
         apart = suspects.next(0.0)
         assert apart is not None
         suspects.end()
         assert {(line.deaths, line.isolations_ended) for line in apart.lines} == {(deaths, ended)}
+
+
+async def test_a_line_that_kills_an_engine_which_then_loads_for_a_while_kills_it_beside_no_others_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "engine_wait", lambda pauses: (LOAD_S / 4, LOAD_S / 4))
+    behave = LoadingEngine(killer=1)
+    with running(behave) as (engine,):
+        async with dispatching(tmp_path, engine) as reports:
+            result = (await reports.end()).result
+    assert (result.tally.completed, result.tally.failed) == (LINES - 1, 1)
+    assert behave.deaths == SHARED_DEATHS_MAX + ALONE_DEATHS_MAX
+
+
+async def test_a_line_that_is_lost_while_others_are_refused_access_is_no_suspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "backoff", lambda attempt, wait_s_max: (0.0, LOAD_S / 4))
+    behave = RefusingEngine(lost=1)
+    with running(behave) as (engine,):
+        async with dispatching(tmp_path, engine, refused_pause_s=LOAD_S / 4) as reports:
+            result = (await reports.end()).result
+    assert (result.tally.completed, [cause.code for cause in result.causes]) == (LINES - 1, ["upstream_disconnected"])
+    assert behave.asked == retry.ATTEMPTS_MAX
 
 
 async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path: Path) -> None:
@@ -267,7 +347,7 @@ async def test_a_line_that_takes_long_to_kill_its_engine_is_still_found(tmp_path
 
 async def test_an_engine_that_dies_by_itself_gets_its_lines_back(tmp_path: Path) -> None:
     async with lanes_of(Replica("http://127.0.0.1:9/v1", window=16)) as lanes:
-        suspects = isolation.Isolation(lanes)
+        suspects = isolation.Isolation(lanes, lambda lane: None)
         often, twice = suspect(tmp_path, 1, deaths=4), suspect(tmp_path, 2, deaths=2)
         for line in (often, twice):
             assert suspects.suspects(line)

@@ -204,6 +204,11 @@ def shows_overload(answer: Answer | Fault) -> bool:
     return answer.status in (429, 503, 504, 529)
 
 
+def shows_absence(answer: Answer | Fault) -> bool:
+    """Tell whether an engine that is to be left alone is not there, rather than there and refusing."""
+    return isinstance(answer, Fault) or answer.status == 503
+
+
 def complaint(answer: Answer | Fault | None, again: Again) -> str:
     """Say for people why a line has to be tried again."""
     match answer:

@@ -121,8 +121,8 @@ class Dispatcher:
         self._runs: dict[ShardKey, ShardRun] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._waiting = 0
-        self._isolation = Isolation(self._lanes)
         self._triage = Triage(clock, config.line_timeout_s, self._found)
+        self._isolation = Isolation(self._lanes, self._triage.ask)
         self._patience = retry.Patience(config.refused_pause_s, config.model_grace_s)
         self._dirty = asyncio.Event()
         self._committing = asyncio.Lock()
@@ -383,15 +383,15 @@ class Dispatcher:
 
     def _found(self, lane: Lane, finding: Finding) -> None:
         """Act on what has been found out about an engine that lost lines, or was silent."""
-        if finding.alive:
+        if finding.pause is not None:
+            self._pause(lane, finding.pause, "", silent=finding.silent)
+        elif finding.alive:
             lane.quiet_since = self._clock.monotonic()
             # What proves it was sent after the doubt began: a probe that hangs must not hold up what is answered.
             lane.breaker.answered(finding.doubt.since)
             if self._isolation.is_over(lane, lane.quiet_since):
                 for line in self._isolation.end():
                     self._requeue(line)
-        elif finding.pause is not None:
-            self._pause(lane, finding.pause, "", silent=finding.silent)
         died = finding.doubt.died() or not finding.alive
         for casualty in reversed(finding.doubt.casualties):
             self._treat(lane, casualty, alive=finding.alive, died=died)

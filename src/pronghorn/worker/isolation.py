@@ -9,6 +9,7 @@ lines back: it takes more to suspect them from then on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pronghorn.domain.doubt import Suspicion
@@ -29,10 +30,15 @@ class Apart(NamedTuple):
 
 
 class Isolation:
-    """The suspected lines of a worker, and the replica that is kept clear for them."""
+    """The suspected lines of a worker, and the replica that is kept clear for them.
 
-    def __init__(self, lanes: Lanes) -> None:
+    `ask` sends a replica a canary. A paused one is probed by that, because a suspect that finds its engine still away
+    would go back among the others.
+    """
+
+    def __init__(self, lanes: Lanes, ask: Callable[[Lane], None]) -> None:
         self._lanes = lanes
+        self._ask = ask
         self._suspects: list[Line] = []
         self._clear: Lane | None = None
         self._running: list[Line] = []
@@ -78,7 +84,11 @@ class Isolation:
         lines, lane = apart
         self._keep_clear(lane)
         self._until = now + QUIET_S_MAX
-        if lane.in_flight or not (lane.breaker.reason is None or lane.admits_probe(now)):
+        if lane.in_flight:
+            return None
+        if lane.breaker.reason is not None:
+            if lane.admits_probe(now):
+                self._ask(lane)
             return None
         for line in lines:
             self._suspects.remove(line)
@@ -106,11 +116,11 @@ class Isolation:
     def _most_suspected(self) -> Apart | None:
         """Return the most suspected line that some replica answers, where it is soonest alone, and its company.
 
-        A line that has been here when its engine died has none, nor one that has to probe a paused replica.
+        A line that has been here when its engine died has none.
         """
         for line in sorted(self._suspects, key=lambda line: -line.deaths):
             if (lane := self._lanes.emptiest(line.run)) is not None:
-                if line.deaths > self._suspicion.shared_deaths_max or lane.breaker.reason is not None:
+                if line.deaths > self._suspicion.shared_deaths_max:
                     return Apart([line], lane)
                 answers = lane.replica.answers
                 equals = [other for other in self._suspects if answers(other.run.endpoint, other.run.model)]

@@ -29,7 +29,7 @@ HANGS = "the engine takes requests and answers none, not even one of a single to
 
 
 class Finding(NamedTuple):
-    """What has been found out about an engine; `pause` is why it is left alone if it does not live."""
+    """What has been found out about an engine; `pause` is why it is left alone: it is away, or lives and refuses."""
 
     doubt: Doubt[Line]
     alive: bool
@@ -59,10 +59,11 @@ class Triage:
         doubt = lane.doubt
         if doubt is None:
             return
-        if isinstance(verdict, retry.Pause) and not verdict.model_only:
-            self._settle(lane, Finding(doubt, alive=False, pause=verdict))
+        pause = verdict if isinstance(verdict, retry.Pause) and not verdict.model_only else None
+        if pause is not None and retry.shows_absence(answer):
+            self._settle(lane, Finding(doubt, alive=False, pause=pause))
         elif isinstance(answer, Answer) and doubt.answered(sent_at):
-            self._settle(lane, Finding(doubt, alive=True))
+            self._settle(lane, Finding(doubt, alive=True, pause=pause))
 
     def watch(self, lane: Lane) -> None:
         """Doubt an engine that has lines and has been quiet for long."""
@@ -102,7 +103,7 @@ class Triage:
                 pause = retry.Pause(*retry.engine_wait(lane.breaker.trips), HANGS)
                 self._settle(lane, Finding(doubt, alive=False, pause=pause, silent=True))
             case retry.Pause(model_only=False):
-                self._settle(lane, Finding(doubt, alive=False, pause=verdict))
+                self._settle(lane, Finding(doubt, alive=not retry.shows_absence(answer), pause=verdict))
             case retry.Again(ours=True):
                 asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
             case retry.Lost(hung=False):
