@@ -47,6 +47,7 @@ STAGES = {
     "lane.py": "window: how many lines in flight",
     "results.py": "record: the outcome's bytes and checksum",
     "segments.py": "record: the outcome's bytes and checksum",
+    "recorder.py": "record: the outcome's bytes and checksum",
     "dispatch.py": "dispatch: which line goes where",
     "lanes.py": "dispatch: which line goes where",
     "neighbours.py": "dispatch: which line goes where",

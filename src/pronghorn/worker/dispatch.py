@@ -1,9 +1,8 @@
 """The hot path: lines -> engine -> outcomes.
 
 A line is read from its shard (`ShardRun.read`), sent when a replica's window has room (`Dispatcher.fill`), judged
-when its answer comes (`_answered`) and appended to the shard's segment (`_record`). The window belongs to the
-replica, not to the shard: when one shard has nothing left to send, lines of the next go out. Groups of records are
-made durable together (`_commit_loop`), and a shard whose every line is recorded is sorted back into input order.
+when its answer comes (`_answered`) and appended to the shard's segment (`_record`), which the recorder makes durable.
+The window belongs to the replica, not to the shard: when one shard has nothing left to send, lines of the next go out.
 """
 
 from __future__ import annotations
@@ -22,38 +21,30 @@ from pronghorn.domain.answers import Answer, Fault
 from pronghorn.domain.breaker import Breaker
 from pronghorn.domain.doubt import Casualty
 from pronghorn.domain.model import Closing, Replica, ShardKey, Usage
-from pronghorn.errors import StorageError, is_full, is_out_of_files, unreachable
-from pronghorn.limits import KIB, MIB
+from pronghorn.errors import StorageError, unreachable
+from pronghorn.limits import KIB
 from pronghorn.storage.blobs import Blobs
 from pronghorn.storage.room import Room
-from pronghorn.storage.segments import Fate, Outcome, Segments, SegmentWriter
-from pronghorn.worker import copies, results
+from pronghorn.storage.segments import Fate, Outcome, Segments
+from pronghorn.worker import results
 from pronghorn.worker.isolation import Isolation
 from pronghorn.worker.lane import Absence, Lane
 from pronghorn.worker.lanes import Lanes
 from pronghorn.worker.neighbours import next_line
 from pronghorn.worker.protocol import (
-    Aside,
     Assign,
-    Broken,
     Configure,
-    Done,
     Moved,
     Paused,
     Report,
     Sent,
-    ShardProgress,
 )
+from pronghorn.worker.recorder import Recorder
 from pronghorn.worker.shard_run import Line, ShardRun
 from pronghorn.worker.triage import Finding, Triage
 
 log = logging.getLogger("pronghorn.worker")
 
-# Outcomes that wait for the disk: past this no further line is sent until it has caught up.
-UNDURABLE_BYTES_MAX = 32 * MIB
-# Outcomes of a shard that is not complete wait for the disk together until there are so many, or for the next report of
-# progress, which is what shows that they are durable: every sync costs the disk a turn and the event loop two.
-SYNC_BYTES = 4 * MIB
 # What an engine said last is kept for the case that time runs out; an error is short, and thousands may wait.
 LAST_ANSWER_BYTES_MAX = 64 * KIB
 PROGRESS_INTERVAL_S = 0.25
@@ -63,7 +54,6 @@ CANCELLING_S_MAX = 600.0
 EXPIRING_S_MAX = 10.0
 
 FAILS_ALL = "the engine fails every line, and another does not"
-DISK_FULL = "the disk is full: outcomes wait in memory until there is room"
 
 
 def _success(line: Line, answer: Answer | Fault) -> bytes:
@@ -114,21 +104,16 @@ class Dispatcher:
         self._config = config
         self._blobs = blobs
         self._segments = segments
-        self._room = room
         self._clock = clock
         self._report = report
         self._lanes = Lanes(config, clock, self._spawn, self.fill)
         self._runs: dict[ShardKey, ShardRun] = {}
+        self._recorder = Recorder(self._runs, blobs, room, report, self._report_progress, self.fill)
         self._background: set[asyncio.Task[None]] = set()
         self._waiting = 0
         self._triage = Triage(clock, config.line_timeout_s, self._found)
         self._isolation = Isolation(self._lanes, self._triage.ask)
         self._patience = retry.Patience(config.refused_pause_s, config.model_grace_s)
-        self._dirty = asyncio.Event()
-        self._committing = asyncio.Lock()
-        self._undurable_bytes = 0
-        self._writing = False
-        self._full: str | None = None
         self._short = False
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
@@ -182,13 +167,13 @@ class Dispatcher:
             pass
         for task in self._background:
             task.cancel()
-        await self._commit()
+        await self._recorder.commit()
         await self._lanes.close()
 
     async def run(self) -> None:
         """Commit and report until cancelled; a failure of the disk, or of ours, ends it, and with it the process."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._commit_loop())
+            tasks.create_task(self._recorder.run())
             tasks.create_task(self._progress_loop())
             tasks.create_task(self._await_failure())
 
@@ -207,7 +192,7 @@ class Dispatcher:
 
         What answers of this turn of the loop have recorded is written first: a kill between the two wastes no call.
         """
-        if self._writing or self._stopping or self._full is not None or self._undurable_bytes > UNDURABLE_BYTES_MAX:
+        if self._stopping or self._recorder.behind:
             return
         now = self._clock.monotonic()
         if self._isolation and (apart := self._isolation.next(now)) is not None:
@@ -295,11 +280,7 @@ class Dispatcher:
 
     def _record(self, line: Line, fate: Fate, usage: Usage, result: bytes) -> None:
         line.run.pending.discard(line)
-        line.run.record(Outcome(line.number, fate, usage, result))
-        self._undurable_bytes += len(result)
-        if not self._writing:
-            self._writing = True
-            asyncio.get_running_loop().call_soon(self._write_and_fill)
+        self._recorder.record(line.run, Outcome(line.number, fate, usage, result))
 
     def _put_off(self, line: Line, lane: Lane, again: retry.Again, answer: Answer | Fault | None) -> None:
         """Try a line again later, or at once where only this replica's rate limit kept it.
@@ -429,7 +410,7 @@ class Dispatcher:
     async def _start(self, run: ShardRun) -> None:
         try:
             await run.open()
-            self._dirty.set()
+            self._recorder.wake()
             await run.read(self._blobs)
         except (StorageError, OSError) as error:
             if run.closing is not None and run.segment is not None:
@@ -440,7 +421,7 @@ class Dispatcher:
     def _shard_moved(self, key: ShardKey) -> None:
         """Look at a shard that has new lines, or whose batch is closing."""
         if key in self._runs:
-            self._dirty.set()
+            self._recorder.wake()
             self._give_up_if_closing(self._runs[key])
             self.fill()
 
@@ -469,12 +450,12 @@ class Dispatcher:
     def _give_up_broken(self, run: ShardRun, reason: str) -> None:
         """Send nothing more of a shard; what is in flight is paid for, and is recorded before the shard is dropped."""
         if run.segment is None:
-            self._drop(run, reason)
+            self._recorder.drop(run, reason)
             return
         for line in [line for line in run.pending if line.timer is not None or line in self._isolation]:
             self._requeue(line)
         run.give_up(reason)
-        self._dirty.set()
+        self._recorder.wake()
         self.fill()
 
     def _note_sent(self, run: ShardRun) -> None:
@@ -483,120 +464,23 @@ class Dispatcher:
             run.sent = True
             self._report(Sent(run.key, run.shard.epoch))
 
-    def _drop(self, run: ShardRun, reason: str) -> None:
-        if self._runs.pop(run.key, None) is not None and run.segment is not None:
-            run.segment.close()
-        self._report(Broken(run.key, run.shard.epoch, reason))
-
-    async def _finish(self, run: ShardRun, segment: SegmentWriter) -> None:
-        if run.broken is not None:
-            self._report_progress()
-            self._drop(run, run.broken)
-            return
-        if run.copies:
-            await self._fill_in(run, segment)
-            return
-        result = await results.write_parts(run.shard, run.places, self._blobs)
-        segment.close()
-        del self._runs[run.key]
-        self._report(Done(run.key, run.shard.epoch, result))
-
-    async def _fill_in(self, run: ShardRun, segment: SegmentWriter) -> None:
-        """Record the copies, to be synced and finished next; a shard whose originals are not all there is put aside."""
-        if missing := copies.missing(run):
-            self._report_progress()
-            segment.close()
-            del self._runs[run.key]
-            self._report(Aside(run.key, run.shard.epoch, missing))
-            return
-        found = copies.outcomes(run, self._blobs)
-        while some := await asyncio.to_thread(copies.piece, found):
-            for outcome in some:
-                run.record_copy(outcome)
-            segment.write()
-        self._dirty.set()
-
-    # Durability
-
-    async def _commit_loop(self) -> None:
-        while True:
-            await self._dirty.wait()
-            self._dirty.clear()
-            await self._commit()
-
-    def _write_and_fill(self) -> None:
-        self._write()
-        self.fill()
-
-    def _write(self) -> None:
-        """Hand what was recorded in this turn of the loop to the operating system: it survives our death now."""
-        self._writing = False
-        for run in self._runs.values():
-            if run.segment is not None:
-                try:
-                    run.segment.write()
-                except OSError:
-                    self._full = DISK_FULL
-        if self._undurable_bytes > SYNC_BYTES or any(run.over for run in self._runs.values()):
-            self._dirty.set()
-
-    async def _commit(self) -> None:
-        """Wait for the disk once for all that is written, then finish the shards that have ended.
-
-        What finds no room stays in memory, and nothing more is sent until there is some.
-        """
-        async with self._committing:
-            self._write()
-            self._dirty.clear()
-            if self._full is None:
-                self._undurable_bytes = 0
-            groups = [(run, run.segment, run.counter.tally(), run.over) for run in self._runs.values()]
-            for run, segment, tally, over in groups:
-                if (
-                    self._runs.get(run.key) is not run
-                    or segment is None
-                    or not segment.all_written
-                    or (tally == run.durable and not over)
-                ):
-                    continue
-                try:
-                    await asyncio.to_thread(segment.sync)
-                    run.durable, run.moved = tally, True
-                    if over:
-                        await self._finish(run, segment)
-                except StorageError as error:
-                    self._drop(run, str(error))
-                except OSError as error:
-                    if is_out_of_files(error):
-                        self._drop(run, f"its parts cannot be stored now: {error.strerror}")
-                    elif is_full(error):
-                        self._full = DISK_FULL
-                    else:
-                        raise
-        self.fill()
-
     async def _progress_loop(self) -> None:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
-            self._look_at_room()
+            self._recorder.look_at_room()
             self._report_progress()
-            self._dirty.set()
-
-    def _look_at_room(self) -> None:
-        self._full = self._room.shortage()
+            self._recorder.wake()
 
     def _report_progress(self) -> None:
-        moved = [run for run in self._runs.values() if run.moved]
-        for run in moved:
-            run.moved = False
-        shards = [ShardProgress(run.key, run.shard.epoch, run.durable) for run in moved]
         for lane in self._lanes:
             self._triage.watch(lane)
         paused = [pause for lane in self._lanes for pause in self._paused(lane)]
-        self._report(Moved(shards, paused, [delay for lane in self._lanes for delay in lane.putting_off()]))
+        delays = [delay for lane in self._lanes for delay in lane.putting_off()]
+        self._report(Moved(self._recorder.progress(), paused, delays))
 
     def _paused(self, lane: Lane) -> list[Paused]:
-        return lane.paused() if self._full is None else [Paused(lane.replica.name, None, self._full)]
+        full = self._recorder.full
+        return lane.paused() if full is None else [Paused(lane.replica.name, None, full)]
 
     # Plumbing
 
