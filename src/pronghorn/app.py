@@ -7,13 +7,23 @@ import contextlib
 import logging
 import re
 import secrets
+from collections.abc import Iterator
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pronghorn
-from pronghorn.api import batches, faults, files, jobs, live, models, reruns, streams, uploads, webhooks, wire
+from pronghorn.api import faults, live, wire
+from pronghorn.api.batches import BatchApi
+from pronghorn.api.files import FilesApi
+from pronghorn.api.jobs import JobsApi
 from pronghorn.api.launch import Launcher
+from pronghorn.api.live import LiveApi
+from pronghorn.api.models import ModelsApi
+from pronghorn.api.reruns import RetryApi
+from pronghorn.api.streams import StreamsApi
+from pronghorn.api.uploads import UploadsApi
+from pronghorn.api.webhooks import WebhooksApi
 from pronghorn.domain.addresses import AllowedHosts
 from pronghorn.errors import Stopping, StorageError, TooLarge
 from pronghorn.limits import JSON_BODY_BYTES_MAX, LIVE_BODY_BYTES_MAX, UPLOAD_COMPLETE_BODY_BYTES_MAX
@@ -40,35 +50,44 @@ def create_app(system: System, settings: Settings) -> FastAPI:
         responses={"default": {"description": "An error", "model": wire.ErrorEnvelope}},
     )
     faults.install(app)
-    clock, ids = system.clock, system.ids
-    metadata, blobs, stored = system.metadata, system.blobs, system.files
-    life_s = settings.batch_file_expires_s
-    app.include_router(files.routes(stored, blobs, clock, ids, batch_file_expires_s=life_s))
-    launcher = Launcher(metadata, changed=system.coordinator.wake)
-    app.include_router(batches.routes(metadata, launcher, system.checker, clock, ids, default_job=settings.default_job))
-    retry = reruns.routes(
-        *(metadata, stored, blobs, launcher, clock, ids),
-        line_bytes_max=settings.line_bytes_max,
-        batch_file_expires_s=life_s,
-    )
-    app.include_router(retry)
-    app.include_router(streams.routes(metadata, stored, blobs, clock))
-    app.include_router(models.routes(system.engines, clock.now()))
-    app.include_router(uploads.routes(system.uploads, stored, blobs, clock, ids, batch_file_expires_s=life_s))
-    app.include_router(jobs.routes(system.metadata, clock, ids))
-    allowed = AllowedHosts(settings.webhook_allow)
-    app.include_router(webhooks.routes(system.webhooks, clock, ids, allowed=allowed, send=system.courier.send))
-    app.include_router(live.routes(system.relay))
-
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health", tags=["Health"])
-    async def health() -> dict[str, str]:
-        """Answer once the server takes requests."""
-        return {"status": "ok"}
-
+    for router in _routers(system, settings):
+        app.include_router(router)
+    app.get("/health", tags=["Health"])(health)
+    app.head("/health", include_in_schema=False)(health)
     app.add_middleware(_BreakOff)
     app.add_middleware(_BodyLimit)
     return app
+
+
+def _routers(system: System, settings: Settings) -> Iterator[APIRouter]:
+    clock, ids = system.clock, system.ids
+    metadata, blobs, files = system.metadata, system.blobs, system.files
+    life_s = settings.batch_file_expires_s
+    launcher = Launcher(metadata, changed=system.coordinator.wake)
+    allowed = AllowedHosts(settings.webhook_allow)
+    yield FilesApi(files, blobs, clock, ids, batch_file_expires_s=life_s).routes()
+    yield BatchApi(metadata, launcher, system.checker, clock, ids, default_job=settings.default_job).routes()
+    yield RetryApi(
+        metadata,
+        files,
+        blobs,
+        launcher,
+        clock,
+        ids,
+        line_bytes_max=settings.line_bytes_max,
+        batch_file_expires_s=life_s,
+    ).routes()
+    yield StreamsApi(metadata, files, blobs, clock).routes()
+    yield ModelsApi(system.engines, clock.now()).routes()
+    yield UploadsApi(system.uploads, files, blobs, clock, ids, batch_file_expires_s=life_s).routes()
+    yield JobsApi(metadata, clock, ids).routes()
+    yield WebhooksApi(system.webhooks, clock, ids, allowed=allowed, send=system.courier.send).routes()
+    yield LiveApi(system.relay).routes()
+
+
+async def health() -> dict[str, str]:
+    """Answer once the server takes requests."""
+    return {"status": "ok"}
 
 
 class _App(FastAPI):

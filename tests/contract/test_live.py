@@ -275,7 +275,7 @@ async def test_room_is_kept_between_requests_that_follow_each_other(start_engine
 def app_of(relay: Relay) -> FastAPI:
     app = FastAPI()
     faults.install(app)
-    app.include_router(live.routes(relay))
+    app.include_router(live.LiveApi(relay).routes())
     app.add_middleware(_BodyLimit)
     app.add_middleware(_RequestId)
     return app

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from fastapi import Depends
+
 from pronghorn.domain.model import DEFAULT_ACCOUNT
 
 
-async def caller() -> str:
+async def _caller() -> str:
     """Return the account of the request; any Authorization header is accepted."""
     return DEFAULT_ACCOUNT
+
+
+AccountId = Annotated[str, Depends(_caller)]

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
 from pronghorn.api import wire
-from pronghorn.api.auth import caller
+from pronghorn.api.auth import AccountId
 from pronghorn.clock import Clock
 from pronghorn.domain.model import Job
 from pronghorn.ids import Ids
 from pronghorn.storage.metadata import Metadata
 
 
-def routes(metadata: Metadata, clock: Clock, ids: Ids) -> APIRouter:
-    """Return the routes of the Jobs API."""
-    router = APIRouter(tags=["Jobs"])
+@dataclass(frozen=True, slots=True)
+class JobsApi:
+    """Answers the Jobs API."""
 
-    @router.post("/v1/jobs")
-    async def create_job(body: wire.CreateJob, account_id: Annotated[str, Depends(caller)]) -> wire.JobObject:
+    metadata: Metadata
+    clock: Clock
+    ids: Ids
+
+    def routes(self) -> APIRouter:
+        router = APIRouter(tags=["Jobs"])
+        router.post("/v1/jobs")(self.create_job)
+        router.get("/v1/jobs")(self.list_jobs)
+        return router
+
+    async def create_job(self, body: wire.CreateJob, account_id: AccountId) -> wire.JobObject:
         """Make a job and return the id to give to a client."""
-        job = Job(ids.new("job-"), account_id, body.name, body.weight, clock.now())
-        await metadata.add_job(job)
+        job = Job(self.ids.new("job-"), account_id, body.name, body.weight, self.clock.now())
+        await self.metadata.add_job(job)
         return wire.job_object(job)
 
-    @router.get("/v1/jobs")
-    async def list_jobs(account_id: Annotated[str, Depends(caller)]) -> wire.JobList:
+    async def list_jobs(self, account_id: AccountId) -> wire.JobList:
         """Return every job."""
-        return wire.JobList(data=[wire.job_object(job) for job in await metadata.jobs(account_id)])
-
-    return router
+        return wire.JobList(data=[wire.job_object(job) for job in await self.metadata.jobs(account_id)])

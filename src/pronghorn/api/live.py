@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from pronghorn.api.auth import caller
+from pronghorn.api.auth import AccountId
 from pronghorn.domain.model import Endpoint
 from pronghorn.domain.validation import type_name
 from pronghorn.engines.live import LiveAnswer, Relay
@@ -30,6 +31,7 @@ _TITLES = {
     Endpoint.EMBEDDINGS: ("create_embedding", "Create Embedding"),
     Endpoint.RESPONSES: ("create_response", "Create Response"),
 }
+_DESCRIPTION = "Answer one request now, ahead of batch lines; only `model` is looked at before it is sent on."
 _BODY = {
     "required": True,
     "content": {
@@ -54,29 +56,30 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def routes(relay: Relay) -> APIRouter:
-    """Return the four routes that answer one request at once."""
-    router = APIRouter(tags=["Live"])
-    for endpoint, (name, summary) in _TITLES.items():
-        router.add_api_route(
-            endpoint.value,
-            _answering(relay, endpoint),
-            methods=["POST"],
-            name=name,
-            summary=summary,
-            description="Answer one request now, ahead of batch lines; only `model` is looked at before it is sent on.",
-            response_class=Response,
-            responses=_RESPONSES,
-            openapi_extra={"requestBody": _BODY},
-        )
-    return router
+@dataclass(frozen=True, slots=True)
+class LiveApi:
+    """Answers live requests, at the four paths that lines can name."""
 
+    relay: Relay
 
-def _answering(relay: Relay, endpoint: Endpoint) -> Callable[..., Awaitable[Response]]:
-    async def answer(request: Request, _: Annotated[str, Depends(caller)]) -> Response:
-        return _Exchange(relay, endpoint, request)
+    def routes(self) -> APIRouter:
+        router = APIRouter(tags=["Live"], default_response_class=Response)
+        for endpoint, (name, summary) in _TITLES.items():
+            router.post(
+                endpoint.value,
+                name=name,
+                summary=summary,
+                description=_DESCRIPTION,
+                responses=_RESPONSES,
+                openapi_extra={"requestBody": _BODY},
+            )(self._answering(endpoint))
+        return router
 
-    return answer
+    def _answering(self, endpoint: Endpoint) -> Callable[..., Awaitable[Response]]:
+        async def answer(request: Request, _: AccountId) -> Response:
+            return _Exchange(self.relay, endpoint, request)
+
+        return answer
 
 
 class _Exchange(Response):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
 from pronghorn.api import content, wire
-from pronghorn.api.auth import caller
+from pronghorn.api.auth import AccountId
 from pronghorn.api.launch import find_batch
 from pronghorn.clock import Clock
 from pronghorn.domain.lifecycle import TERMINAL
@@ -31,64 +32,73 @@ _LINES: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjs
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
-def routes(metadata: Metadata, files: Files, blobs: Blobs, clock: Clock) -> APIRouter:
-    """Return the routes that watch a batch."""
-    router = APIRouter(tags=["Batch"])
+@dataclass(frozen=True, slots=True)
+class StreamsApi:
+    """Answers those who watch a batch."""
 
-    @router.get("/v1/batches/{batch_id}/output", response_class=StreamingResponse, responses=_LINES)
+    metadata: Metadata
+    files: Files
+    blobs: Blobs
+    clock: Clock
+
+    def routes(self) -> APIRouter:
+        router = APIRouter(tags=["Batch"], default_response_class=StreamingResponse)
+        router.get("/v1/batches/{batch_id}/output", responses=_LINES)(self.stream_output)
+        router.get("/v1/batches/{batch_id}/errors", responses=_LINES)(self.stream_errors)
+        router.get("/v1/batches/{batch_id}/events", responses=_EVENTS)(self.stream_events)
+        return router
+
     async def stream_output(
-        batch_id: str, account_id: Annotated[str, Depends(caller)], offset: Offset = 0, follow: Follow = False
+        self, batch_id: str, account_id: AccountId, offset: Offset = 0, follow: Follow = False
     ) -> StreamingResponse:
         """Return the output file as far as it is known, in input order."""
-        return await results(await find_batch(metadata, batch_id, account_id), Result.OUTPUT, offset, follow)
+        batch = await find_batch(self.metadata, batch_id, account_id)
+        return await self._results(batch, Result.OUTPUT, offset, follow)
 
-    @router.get("/v1/batches/{batch_id}/errors", response_class=StreamingResponse, responses=_LINES)
     async def stream_errors(
-        batch_id: str, account_id: Annotated[str, Depends(caller)], offset: Offset = 0, follow: Follow = False
+        self, batch_id: str, account_id: AccountId, offset: Offset = 0, follow: Follow = False
     ) -> StreamingResponse:
         """Return the error file as far as it is known, in input order."""
-        return await results(await find_batch(metadata, batch_id, account_id), Result.ERRORS, offset, follow)
+        batch = await find_batch(self.metadata, batch_id, account_id)
+        return await self._results(batch, Result.ERRORS, offset, follow)
 
-    @router.get("/v1/batches/{batch_id}/events", response_class=StreamingResponse, responses=_EVENTS)
-    async def stream_events(batch_id: str, account_id: Annotated[str, Depends(caller)]) -> StreamingResponse:
+    async def stream_events(self, batch_id: str, account_id: AccountId) -> StreamingResponse:
         """Send the batch as a server-sent event whenever it changes, until it has ended."""
-        events = changes(await find_batch(metadata, batch_id, account_id))
+        events = self._changes(await find_batch(self.metadata, batch_id, account_id))
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def results(batch: Batch, result: Result, offset: int, follow: bool) -> StreamingResponse:
+    async def _results(self, batch: Batch, result: Result, offset: int, follow: bool) -> StreamingResponse:
         file_id = batch.output_file_id if result is Result.OUTPUT else batch.error_file_id
-        if file_id is not None and await files.find(file_id, batch.account_id) is None:
+        if file_id is not None and await self.files.find(file_id, batch.account_id) is None:
             raise NotFound(f"No such File object: {file_id}", param="id")
-        lines = growing(batch, result, offset, follow)
+        lines = self._growing(batch, result, offset, follow)
         return StreamingResponse(lines if follow else await content.begun(lines), media_type="application/x-ndjson")
 
-    async def growing(batch: Batch, result: Result, offset: int, follow: bool) -> AsyncIterator[bytes]:
+    async def _growing(self, batch: Batch, result: Result, offset: int, follow: bool) -> AsyncIterator[bytes]:
         """Yield the parts of the batch's finished shards up to the first that is not."""
         while True:
-            refs = await metadata.finished_parts(batch.id, result)
+            refs = await self.metadata.finished_parts(batch.id, result)
             end = sum(ref.bytes for ref in refs)
-            async for chunk in blobs.read(refs, offset, end):
+            async for chunk in self.blobs.read(refs, offset, end):
                 yield chunk
             offset = max(offset, end)
             if not follow or batch.status in TERMINAL:
                 return
             await asyncio.sleep(LOOK_INTERVAL_S)
-            batch = await find_batch(metadata, batch.id, batch.account_id)
+            batch = await find_batch(self.metadata, batch.id, batch.account_id)
 
-    async def changes(batch: Batch) -> AsyncIterator[bytes]:
+    async def _changes(self, batch: Batch) -> AsyncIterator[bytes]:
         shown: bytes | None = None
-        sent_at = clock.monotonic()
+        sent_at = self.clock.monotonic()
         while True:
             current = wire.batch_object(batch).model_dump_json().encode()
             if current != shown:
                 yield b"event: batch\ndata: " + current + b"\n\n"
-                shown, sent_at = current, clock.monotonic()
-            elif clock.monotonic() - sent_at >= HEARTBEAT_S:
+                shown, sent_at = current, self.clock.monotonic()
+            elif self.clock.monotonic() - sent_at >= HEARTBEAT_S:
                 yield b": still here\n\n"
-                sent_at = clock.monotonic()
+                sent_at = self.clock.monotonic()
             if batch.status in TERMINAL:
                 return
             await asyncio.sleep(LOOK_INTERVAL_S)
-            batch = await find_batch(metadata, batch.id, batch.account_id)
-
-    return router
+            batch = await find_batch(self.metadata, batch.id, batch.account_id)

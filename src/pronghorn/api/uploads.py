@@ -6,13 +6,14 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal, NoReturn
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, StringConstraints
 
 from pronghorn.api import intake, multipart, wire
-from pronghorn.api.auth import caller
+from pronghorn.api.auth import AccountId
 from pronghorn.clock import Clock
 from pronghorn.domain.model import BlobRef, File
 from pronghorn.domain.uploads import Upload, UploadPart, UploadStatus
@@ -86,121 +87,121 @@ class UploadPartObject(BaseModel):
     upload_id: str
 
 
-def routes(
-    uploads: Uploads, files: Files, blobs: Blobs, clock: Clock, ids: Ids, *, batch_file_expires_s: int | None
-) -> APIRouter:
-    """Return the routes of the Uploads API; `batch_file_expires_s` is the life of batch inputs that name none."""
-    router = APIRouter(tags=["Uploads"])
+@dataclass(frozen=True, slots=True)
+class UploadsApi:
+    """Answers the Uploads API; `batch_file_expires_s` is the life of batch inputs that name none."""
 
-    @router.post("/v1/uploads")
-    async def create_upload(body: CreateUpload, account_id: Annotated[str, Depends(caller)]) -> UploadObject:
+    uploads: Uploads
+    files: Files
+    blobs: Blobs
+    clock: Clock
+    ids: Ids
+    batch_file_expires_s: int | None
+
+    def routes(self) -> APIRouter:
+        router = APIRouter(tags=["Uploads"])
+        router.post("/v1/uploads")(self.create_upload)
+        router.post("/v1/uploads/{upload_id}/parts", openapi_extra={"requestBody": _PART_BODY})(self.add_part)
+        router.post("/v1/uploads/{upload_id}/complete")(self.complete_upload)
+        router.post("/v1/uploads/{upload_id}/cancel")(self.cancel_upload)
+        return router
+
+    async def create_upload(self, body: CreateUpload, account_id: AccountId) -> UploadObject:
         """Announce a file that will be sent in parts within an hour."""
-        life_s = batch_file_expires_s if body.purpose == "batch" else None
+        life_s = self.batch_file_expires_s if body.purpose == "batch" else None
         if body.expires_after is not None:
             life_s = body.expires_after.seconds
-        upload = _new_upload(ids.new("upload_"), account_id, body, clock.now(), life_s)
-        await uploads.add(upload)
+        upload = _new_upload(self.ids.new("upload_"), account_id, body, self.clock.now(), life_s)
+        await self.uploads.add(upload)
         return _upload_object(upload, None)
 
-    @router.post("/v1/uploads/{upload_id}/parts", openapi_extra={"requestBody": _PART_BODY})
-    async def add_part(
-        upload_id: str, request: Request, account_id: Annotated[str, Depends(caller)]
-    ) -> UploadPartObject:
+    async def add_part(self, upload_id: str, request: Request, account_id: AccountId) -> UploadPartObject:
         """Store a part as it streams in; parts may come in any order and in parallel."""
-        upload = await find_pending(upload_id, account_id, "add a part to")
-        if await uploads.count_parts(upload_id) >= UPLOAD_PARTS_MAX:
+        upload = await self._find_pending(upload_id, account_id, "add a part to")
+        if await self.uploads.count_parts(upload_id) >= UPLOAD_PARTS_MAX:
             raise InvalidRequest(f"An upload has at most {UPLOAD_PARTS_MAX} parts.", code="too_many_parts")
-        part_id = ids.new("part_")
-        part = UploadPart(part_id, upload.id, account_id, f"parts/{part_id}", clock.now())
+        part_id = self.ids.new("part_")
+        part = UploadPart(part_id, upload.id, account_id, f"parts/{part_id}", self.clock.now())
         try:
-            await receive(part, request)
+            await self._receive(part, request)
         except Fenced as fenced:
-            await find_pending(upload_id, account_id, "add a part to")
+            await self._find_pending(upload_id, account_id, "add a part to")
             raise InvalidRequest(f"The part was given up: {fenced}.", code="part_dropped") from fenced
         return UploadPartObject(id=part.id, created_at=part.created_at, upload_id=part.upload_id)
 
-    @router.post("/v1/uploads/{upload_id}/complete")
-    async def complete_upload(
-        upload_id: str, body: CompleteUpload, account_id: Annotated[str, Depends(caller)]
-    ) -> UploadObject:
+    async def complete_upload(self, upload_id: str, body: CompleteUpload, account_id: AccountId) -> UploadObject:
         """Make the parts, in the order given, a file; to repeat this changes nothing and has the same answer."""
-        upload, stored = await uploads.find_with_parts(upload_id, account_id) or not_found(upload_id)
+        upload, stored = await self.uploads.find_with_parts(upload_id, account_id) or _not_found(upload_id)
         if upload.status is not UploadStatus.COMPLETED:
-            _require_pending(upload, clock.now(), "complete")
-            upload = await complete(upload, body, _in_order(body.part_ids, stored, upload.bytes))
+            _require_pending(upload, self.clock.now(), "complete")
+            upload = await self._complete(upload, body, _in_order(body.part_ids, stored, upload.bytes))
         if upload.part_ids_digest != digest(body.part_ids):
             message = f"The upload '{upload_id}' has already been completed with other parts."
             raise InvalidRequest(message, param="part_ids", code="upload_completed")
-        file = await files.find(upload.file_id, account_id) if upload.file_id else None
+        file = await self.files.find(upload.file_id, account_id) if upload.file_id else None
         return _upload_object(upload, file)
 
-    @router.post("/v1/uploads/{upload_id}/cancel")
-    async def cancel_upload(upload_id: str, account_id: Annotated[str, Depends(caller)]) -> UploadObject:
+    async def cancel_upload(self, upload_id: str, account_id: AccountId) -> UploadObject:
         """Give an upload and its parts up; to repeat this changes nothing."""
-        upload = await find(upload_id, account_id)
+        upload = await self._find(upload_id, account_id)
         if upload.status is not UploadStatus.CANCELLED:
-            _require_pending(upload, clock.now(), "cancel")
+            _require_pending(upload, self.clock.now(), "cancel")
             try:
-                upload = await uploads.cancel(upload)
+                upload = await self.uploads.cancel(upload)
             except Fenced:  # it has ended meanwhile, for good: look once more
-                return await cancel_upload(upload_id, account_id)
+                return await self.cancel_upload(upload_id, account_id)
         return _upload_object(upload, None)
 
-    async def receive(part: UploadPart, request: Request) -> None:
+    async def _receive(self, part: UploadPart, request: Request) -> None:
         """Store a part's bytes; whatever goes wrong, nothing of them is left."""
         headers = dict(request.headers)
         try:
-            await uploads.begin_part(part, clock.now())
-            async with blobs.writing(part.key) as writer:
+            await self.uploads.begin_part(part, self.clock.now())
+            async with self.blobs.writing(part.key) as writer:
                 form = await multipart.receive(
                     headers, request.stream(), writer, file_field="data", file_bytes_max=UPLOAD_PART_BYTES_MAX
                 )
                 _check_part(form, writer.bytes)
                 await asyncio.to_thread(writer.commit)
-            await uploads.store_part(part, writer.bytes, clock.now())
+            await self.uploads.store_part(part, writer.bytes, self.clock.now())
         except BaseException:
-            await uploads.drop_part(part)
+            await self.uploads.drop_part(part)
             raise
 
-    async def complete(upload: Upload, body: CompleteUpload, refs: list[BlobRef]) -> Upload:
+    async def _complete(self, upload: Upload, body: CompleteUpload, refs: list[BlobRef]) -> Upload:
         """Return the upload once it is completed, by this request or by another at the same time."""
         try:
-            await check_content(upload, refs, body.md5)
-            now = clock.now()
+            await self._check_content(upload, refs, body.md5)
+            now = self.clock.now()
             expires_at = None if upload.file_expires_after_s is None else now + upload.file_expires_after_s
-            file_id = ids.new("file-")
+            file_id = self.ids.new("file-")
             file = File(file_id, upload.account_id, upload.purpose, upload.filename, upload.bytes, now, expires_at)
-            return await uploads.complete(upload, body.part_ids, file, refs)
+            return await self.uploads.complete(upload, body.part_ids, file, refs)
         except (Fenced, NotStored):
-            ended = await find(upload.id, upload.account_id)
+            ended = await self._find(upload.id, upload.account_id)
             if ended.status is UploadStatus.PENDING:
                 raise  # its parts are gone although nothing removed them
             if ended.status is not UploadStatus.COMPLETED:
-                _require_pending(ended, clock.now(), "complete")
+                _require_pending(ended, self.clock.now(), "complete")
             return ended
 
-    async def check_content(upload: Upload, refs: list[BlobRef], md5: str | None) -> None:
+    async def _check_content(self, upload: Upload, refs: list[BlobRef], md5: str | None) -> None:
         """Raise InvalidRequest unless the parts' bytes are what they should be."""
         if upload.purpose == "batch":
             end = min(upload.bytes, FILE_CHUNK_BYTES)
-            head = b"".join([chunk async for chunk in blobs.read(refs, 0, end)])
+            head = b"".join([chunk async for chunk in self.blobs.read(refs, 0, end)])
             intake.check_batch_head(head, upload.bytes)
-        if md5 is not None and (found := await _md5(blobs, refs, upload.bytes)) != md5.lower():
+        if md5 is not None and (found := await _md5(self.blobs, refs, upload.bytes)) != md5.lower():
             message = f"The MD5 of the parts in this order is {found}, but {md5} was expected."
             raise InvalidRequest(message, param="md5", code="md5_mismatch")
 
-    async def find(upload_id: str, account_id: str) -> Upload:
-        return await uploads.find(upload_id, account_id) or not_found(upload_id)
+    async def _find(self, upload_id: str, account_id: str) -> Upload:
+        return await self.uploads.find(upload_id, account_id) or _not_found(upload_id)
 
-    async def find_pending(upload_id: str, account_id: str, purpose: str) -> Upload:
-        upload = await find(upload_id, account_id)
-        _require_pending(upload, clock.now(), purpose)
+    async def _find_pending(self, upload_id: str, account_id: str, purpose: str) -> Upload:
+        upload = await self._find(upload_id, account_id)
+        _require_pending(upload, self.clock.now(), purpose)
         return upload
-
-    def not_found(upload_id: str) -> NoReturn:
-        raise NotFound(f"No such Upload object: {upload_id}", param="id")
-
-    return router
 
 
 def _new_upload(upload_id: str, account_id: str, body: CreateUpload, now: int, life_s: int | None) -> Upload:
@@ -224,6 +225,10 @@ def _new_upload(upload_id: str, account_id: str, body: CreateUpload, now: int, l
         expires_at=now + UPLOAD_LIFETIME_S,
         file_expires_after_s=life_s,
     )
+
+
+def _not_found(upload_id: str) -> NoReturn:
+    raise NotFound(f"No such Upload object: {upload_id}", param="id")
 
 
 def _require_pending(upload: Upload, now: int, purpose: str) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from pronghorn.api import wire
-from pronghorn.api.auth import caller
+from pronghorn.api.auth import AccountId
 from pronghorn.clock import Clock
 from pronghorn.domain.addresses import AllowedHosts, Refused, judge_url
 from pronghorn.domain.webhooks import Delivery, DeliveryState, Event, EventType, NoReply, Reply, WebhookEndpoint
@@ -148,24 +149,37 @@ class SendTestEvent(_Request):
         return _known(value)
 
 
-def routes(webhooks: Webhooks, clock: Clock, ids: Ids, *, allowed: AllowedHosts, send: Send) -> APIRouter:
-    """Return the routes of webhooks; `send` makes one attempt to bring an event to an endpoint."""
-    router = APIRouter(tags=["Webhooks"])
-    _add_endpoint_routes(router, webhooks, clock, ids, allowed)
-    _add_use_routes(router, webhooks, clock, ids, send)
-    return router
+@dataclass(frozen=True, slots=True)
+class WebhooksApi:
+    """Answers the API of webhooks; `send` makes one attempt to bring an event to an endpoint."""
 
+    webhooks: Webhooks
+    clock: Clock
+    ids: Ids
+    allowed: AllowedHosts
+    send: Send
 
-def _add_endpoint_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, ids: Ids, allowed: AllowedHosts) -> None:
-    @router.post("/v1/webhook_endpoints")
+    def routes(self) -> APIRouter:
+        router = APIRouter(tags=["Webhooks"])
+        router.post("/v1/webhook_endpoints")(self.create_webhook_endpoint)
+        router.get("/v1/webhook_endpoints")(self.list_webhook_endpoints)
+        router.get("/v1/webhook_endpoints/{webhook_endpoint_id}")(self.retrieve_webhook_endpoint)
+        router.post("/v1/webhook_endpoints/{webhook_endpoint_id}")(self.update_webhook_endpoint)
+        router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")(self.delete_webhook_endpoint)
+        router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")(self.rotate_webhook_secret)
+        router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test")(self.test_webhook_endpoint)
+        router.get("/v1/webhook_endpoints/{webhook_endpoint_id}/deliveries")(self.list_webhook_deliveries)
+        router.get("/v1/webhook_event_types")(self.list_webhook_event_types)
+        return router
+
     async def create_webhook_endpoint(
-        body: CreateWebhookEndpoint, account_id: Annotated[str, Depends(caller)]
+        self, body: CreateWebhookEndpoint, account_id: AccountId
     ) -> WebhookEndpointWithSecret:
         """Make an endpoint and show its signing secret."""
-        _check_url(body.url, allowed)
-        now = clock.now()
+        _check_url(body.url, self.allowed)
+        now = self.clock.now()
         endpoint = WebhookEndpoint(
-            id=ids.new("whe_"),
+            id=self.ids.new("whe_"),
             account_id=account_id,
             name=body.name,
             url=body.url,
@@ -174,103 +188,92 @@ def _add_endpoint_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, id
             created_at=now,
             updated_at=now,
         )
-        if not await webhooks.add_endpoint(endpoint):
+        if not await self.webhooks.add_endpoint(endpoint):
             raise InvalidRequest(
                 f"There are {ENDPOINTS_PER_ACCOUNT_MAX} webhook endpoints already, which is the most there can be.",
                 code="webhook_endpoint_limit_exceeded",
             )
         return _with_secret(endpoint)
 
-    @router.get("/v1/webhook_endpoints")
     async def list_webhook_endpoints(
-        account_id: Annotated[str, Depends(caller)],
+        self,
+        account_id: AccountId,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> WebhookEndpointList:
         """Return a page of endpoints, newest first; the next page starts `after` the last id of this one."""
-        page = await webhooks.list_endpoints(account_id, limit=limit, after=after)
+        page = await self.webhooks.list_endpoints(account_id, limit=limit, after=after)
         if page is None:
             raise NotFound(f"No webhook endpoint found with id '{after}'.", param="after")
         return WebhookEndpointList.of(list(map(_object, page.items)), has_more=page.has_more)
 
-    @router.get("/v1/webhook_endpoints/{webhook_endpoint_id}")
-    async def retrieve_webhook_endpoint(
-        webhook_endpoint_id: str, account_id: Annotated[str, Depends(caller)]
-    ) -> WebhookEndpointObject:
+    async def retrieve_webhook_endpoint(self, webhook_endpoint_id: str, account_id: AccountId) -> WebhookEndpointObject:
         """Return an endpoint, without its secret."""
-        return _object(_found(await webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id))
+        return _object(_found(await self.webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id))
 
-    @router.post("/v1/webhook_endpoints/{webhook_endpoint_id}")
     async def update_webhook_endpoint(
-        webhook_endpoint_id: str, body: UpdateWebhookEndpoint, account_id: Annotated[str, Depends(caller)]
+        self, webhook_endpoint_id: str, body: UpdateWebhookEndpoint, account_id: AccountId
     ) -> WebhookEndpointObject:
         """Change an endpoint."""
         changes = body.model_dump(include=body.model_fields_set)
         if "url" in changes:
-            _check_url(body.url, allowed)
+            _check_url(body.url, self.allowed)
         if "event_types" in changes:
             changes["event_types"] = tuple(map(EventType, body.event_types))
-        updated = await webhooks.update_endpoint(webhook_endpoint_id, account_id, clock.now(), **changes)
+        updated = await self.webhooks.update_endpoint(webhook_endpoint_id, account_id, self.clock.now(), **changes)
         return _object(_found(updated, webhook_endpoint_id))
 
-    @router.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")
-    async def delete_webhook_endpoint(
-        webhook_endpoint_id: str, account_id: Annotated[str, Depends(caller)]
-    ) -> DeletedWebhookEndpoint:
+    async def delete_webhook_endpoint(self, webhook_endpoint_id: str, account_id: AccountId) -> DeletedWebhookEndpoint:
         """Forget an endpoint and everything that is on its way there."""
-        if not await webhooks.delete_endpoint(webhook_endpoint_id, account_id):
+        if not await self.webhooks.delete_endpoint(webhook_endpoint_id, account_id):
             raise _not_found(webhook_endpoint_id)
         return DeletedWebhookEndpoint(id=webhook_endpoint_id)
 
-
-def _add_use_routes(router: APIRouter, webhooks: Webhooks, clock: Clock, ids: Ids, send: Send) -> None:
-    @router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
     async def rotate_webhook_secret(
+        self,
         webhook_endpoint_id: str,
-        account_id: Annotated[str, Depends(caller)],
+        account_id: AccountId,
         body: RotateWebhookSecret | None = None,
     ) -> WebhookEndpointWithSecret:
         """Give an endpoint a new signing secret and show it."""
         keep_old = body is not None and body.keep_old_secret_active_for_24_hours
-        rotated = await webhooks.rotate_secret(
+        rotated = await self.webhooks.rotate_secret(
             webhook_endpoint_id,
             account_id,
             _new_secret(),
-            clock.now(),
+            self.clock.now(),
             keep_old_s=KEEP_OLD_SECRET_S if keep_old else 0,
         )
         return _with_secret(_found(rotated, webhook_endpoint_id))
 
-    @router.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test")
     async def test_webhook_endpoint(
-        webhook_endpoint_id: str, body: SendTestEvent, account_id: Annotated[str, Depends(caller)]
+        self, webhook_endpoint_id: str, body: SendTestEvent, account_id: AccountId
     ) -> WebhookEndpointTestResult:
         """Send a made-up event once, now, and return what the receiver answered."""
-        endpoint = _found(await webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id)
-        event = Event(ids.new("evt_"), EventType(body.event_type), clock.now(), TEST_BATCH_ID)
-        reply = await send(endpoint, event, ids.new("wh_"))
+        endpoint = _found(await self.webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id)
+        event = Event(self.ids.new("evt_"), EventType(body.event_type), self.clock.now(), TEST_BATCH_ID)
+        reply = await self.send(endpoint, event, self.ids.new("wh_"))
         if isinstance(reply, NoReply):
             raise InvalidRequest(f"The test event was not delivered: {reply.reason}.", code="webhook_test_failed")
         return WebhookEndpointTestResult(
             webhook_endpoint_id=endpoint.id, event_type=body.event_type, status_code=reply.status
         )
 
-    @router.get("/v1/webhook_endpoints/{webhook_endpoint_id}/deliveries")
     async def list_webhook_deliveries(
+        self,
         webhook_endpoint_id: str,
-        account_id: Annotated[str, Depends(caller)],
+        account_id: AccountId,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: str | None = None,
     ) -> WebhookDeliveryList:
         """Return a page of what was sent or is to be sent to an endpoint, newest first."""
-        _found(await webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id)
-        page = await webhooks.list_deliveries(webhook_endpoint_id, limit=limit, after=after)
+        _found(await self.webhooks.endpoint(webhook_endpoint_id, account_id), webhook_endpoint_id)
+        page = await self.webhooks.list_deliveries(webhook_endpoint_id, limit=limit, after=after)
         if page is None:
             raise NotFound(f"No webhook delivery found with id '{after}'.", param="after")
         return WebhookDeliveryList.of(list(map(_delivery_object, page.items)), has_more=page.has_more)
 
-    @router.get("/v1/webhook_event_types")
-    async def list_webhook_event_types(_: Annotated[str, Depends(caller)]) -> WebhookEventTypeList:
+    async def list_webhook_event_types(self, _: AccountId) -> WebhookEventTypeList:
         """Return every event that an endpoint can be told."""
         return WebhookEventTypeList(data=[event_type.value for event_type in EventType])
 
