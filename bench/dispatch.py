@@ -7,7 +7,6 @@ batch to `completed`: start-up does not count, but validation, every fsync and t
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -18,8 +17,9 @@ from typing import NamedTuple
 from tests.processes import Server
 
 from bench import nginx
+from bench.command import main
 from bench.cores import MEASURED_CORE, OTHER_CORE, cpu_s, pin
-from bench.rows import Row, Scale, Section, markdown
+from bench.rows import Row, Scale, Section
 
 CONNECTIONS = (64, 256)
 
@@ -131,11 +131,5 @@ def rows(runs: list[Run], wrks: list[float], bares: list[tuple[float, float]]) -
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
-    print(markdown([measure(parser.parse_args().scale)]))
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

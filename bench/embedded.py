@@ -7,7 +7,6 @@ very same engine processes. No line is used twice, so no prompt is answered from
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 import aiohttp
 import httpx2
 
+from bench.command import arguments
 from bench.rows import Row, Scale, Section, markdown
 from pronghorn.domain.model import Endpoint, Replica
 from pronghorn.engines.base import Engine
@@ -146,8 +146,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
+    parser = arguments(__doc__)
     parser.add_argument("--lines", type=int)
     parser.add_argument("--engine", choices=[LLAMACPP, OPENVINO], default=DEFAULT_ENGINE)
     parser.add_argument("--rounds", type=int, default=1)

@@ -6,7 +6,6 @@ that is hard to beat: what the disk takes of one process that copies and syncs, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from tests.processes import ScriptedProcess, Server
 
+from bench.command import arguments
 from bench.cores import cpu_s
 from bench.rows import Row, Scale, Section, markdown
 
@@ -300,8 +300,7 @@ def plan_rows(runs: list[Planning], lines: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
+    parser = arguments(__doc__)
     parser.add_argument("--lines", type=int, help="rather than as many as the scale has")
     parser.add_argument("--dir", type=Path, help="a folder on the disk to measure")
     chosen = parser.parse_args()

@@ -7,7 +7,6 @@ longer; it stands beside the shortest time in which its lines could run in their
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import json
 import math
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from tests.processes import POLL_S, ScriptedProcess, Server
 
+from bench.command import arguments
 from bench.rows import Row, Scale, Section, markdown
 
 # Output tokens of a line: what language models write varies about as much.
@@ -153,8 +153,7 @@ def measure(scale: Scale, names: Sequence[str] = (*BENCHES, "long")) -> Section:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.FULL)
+    parser = arguments(__doc__, Scale.FULL)
     parser.add_argument("names", nargs="*", default=[*BENCHES, "long"], help=f"of {', '.join(BENCHES)}, long")
     options = parser.parse_args()
     print(markdown([measure(options.scale, options.names)]))

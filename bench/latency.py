@@ -6,15 +6,15 @@ knows that number; Pronghorn has to find it.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from tests.processes import ScriptedProcess, Server
 
+from bench.command import main
 from bench.dispatch import bare, one_batch
 from bench.nginx import MODEL
-from bench.rows import Row, Scale, Section, markdown
+from bench.rows import Row, Scale, Section
 
 SLOTS = 64
 LATENCY_MS = 50
@@ -46,11 +46,5 @@ def measure(scale: Scale) -> Section:
     return Section("Beside an engine of 64 slots", HOW, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
-    print(markdown([measure(parser.parse_args().scale)]))
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

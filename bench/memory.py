@@ -5,12 +5,12 @@ The scripted engine answers after 50 ms, and 1,000 lines are in flight all the t
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from tests.processes import ScriptedProcess, Server
 
+from bench.command import arguments
 from bench.dispatch import body
 from bench.nginx import MODEL
 from bench.rows import Row, Scale, Section, markdown
@@ -66,8 +66,7 @@ def measure(scale: Scale, lines: int | None = None) -> Section:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
+    parser = arguments(__doc__)
     parser.add_argument("--lines", type=int)
     options = parser.parse_args()
     print(markdown([measure(options.scale, options.lines)]))

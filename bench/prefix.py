@@ -9,7 +9,6 @@ prompts in any order.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from tests.processes import Server
 
+from bench.command import arguments
 from bench.rows import Row, Scale, Section, markdown
 
 SYSTEM_PROMPTS = 8
@@ -106,8 +106,7 @@ def measure(scale: Scale, lines: int | None = None, seed: int = 1) -> Section:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
+    parser = arguments(__doc__)
     parser.add_argument("--lines", type=int)
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()

@@ -7,7 +7,6 @@ worker used. Time in fsync is waiting, not work, and is left out. `--functions` 
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from tests.processes import Server
 
 from bench import nginx
+from bench.command import arguments
 from bench.cores import OTHER_CORE, cpu_s, pin
 from bench.dispatch import jsonl, one_batch, start_server
 from bench.rows import Row, Scale, Section, markdown
@@ -133,8 +133,7 @@ looks a second; the ratio is a stage's share. Waiting for fsync is no processor 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
+    parser = arguments(__doc__)
     parser.add_argument("--functions", action="store_true", help="list functions instead of stages")
     options = parser.parse_args()
     section = measure(options.scale, function, 40) if options.functions else measure(options.scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import tempfile
 import time
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from tests.processes import COMMAND, ScriptedProcess, Server
 
+from bench.command import main
 from bench.dispatch import jsonl
 from bench.nginx import MODEL
-from bench.rows import Row, Scale, Section, markdown
+from bench.rows import Row, Scale, Section
 
 # An engine of 3,200 lines/s, so that the batch lasts long enough to be interrupted.
 PACE = {"capacity": "slots", "slots": 64, "latency_ms": 20}
@@ -72,11 +72,5 @@ def measure(scale: Scale) -> Section:
     return Section("Starting", HOW, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
-    print(markdown([measure(parser.parse_args().scale)]))
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench import dispatch, embedded, files, flow, latency, memory, prefix, stages, starting, workers
+from bench.command import arguments
 from bench.machine import description
 from bench.picture import svg
 from bench.rows import Scale, Section, markdown
@@ -68,8 +68,7 @@ def write(sections: dict[str, Section], scale: Scale, machine: str, folder: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.FULL)
+    parser = arguments(__doc__, Scale.FULL)
     parser.add_argument("--only", nargs="+", choices=SUITE, default=list(SUITE), metavar="PART")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help=f"write BENCHMARKS.md and {PICTURE} there")
     options = parser.parse_args()

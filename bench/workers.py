@@ -6,16 +6,16 @@ worker gets what the others leave.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
 from tests.processes import Server
 
 from bench import nginx
+from bench.command import main
 from bench.cores import CORES, pin
 from bench.dispatch import Run, one_run
-from bench.rows import Row, Scale, Section, markdown
+from bench.rows import Row, Scale, Section
 
 WORKERS = (1, 2)
 HOW = f"""\
@@ -44,11 +44,5 @@ def measure(scale: Scale) -> Section:
     return Section("Workers", HOW, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=Scale, choices=list(Scale), default=Scale.QUICK)
-    print(markdown([measure(parser.parse_args().scale)]))
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)
