@@ -12,6 +12,7 @@ PronghornError
 │   ├── EngineFailed        502
 │   ├── EngineUnreachable   503
 │   ├── OutOfFiles          503
+│   ├── Stopping            503
 │   ├── EngineTimedOut      504
 │   └── OutOfSpace          507
 ├── UsageError              a command or a setting is wrong; one line on stderr, exit status 2
@@ -19,7 +20,7 @@ PronghornError
 ├── StorageError            stored data cannot be read or written
 │   ├── NotStored           no blob under that key
 │   ├── Damaged             stored bytes are not what was written
-│   ├── Fenced              a later epoch owns what this commit wanted to change
+│   ├── Fenced              what this commit wanted to change has moved on, or a later epoch owns it
 │   ├── StorageFull         there is no room; it may come back
 │   └── KeyReused           an idempotency key has come with another request
 └── InvariantError          a bug of ours
@@ -166,7 +167,7 @@ class Damaged(StorageError):
 
 
 class Fenced(StorageError):
-    """A later epoch owns what this commit wanted to change."""
+    """What this commit wanted to change has moved on, or a later epoch owns it."""
 
 
 class StorageFull(StorageError):

@@ -1,4 +1,4 @@
-"""The tables in docs/ are what the code says.
+"""The tables in docs/ are what the code says, and so are the lists in docstrings.
 
 `PRONGHORN_WRITE_DOCS=1 pytest tests/unit/test_docs.py` writes them anew.
 """
@@ -9,13 +9,17 @@ import json
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 
 import msgspec
 import pytest
 from msgspec import inspect
 
+from pronghorn import errors
+from pronghorn.engines import openvino, scripted
 from pronghorn.engines.scripted import ALL_KINDS, ScriptedOptions
 from pronghorn.engines.scripted.faults import VARIANTS
+from pronghorn.errors import PronghornError, RequestError
 from pronghorn.settings import LlamaCppSettings, OpenVinoSettings, Settings, UpstreamSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +130,20 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in pages:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, PronghornError)
+
+
+@pytest.mark.parametrize("error", [each for each in vars(errors).values() if _is_error(each)])
+def test_every_error_has_its_place_in_the_drawn_tree(error: type[PronghornError]) -> None:
+    branches = 4 * error.mro().index(PronghornError)
+    status = f" +{error.status}" if issubclass(error, RequestError) and error is not RequestError else r"\b.*"
+    assert re.search(rf"^[│├└─ ]{{{branches}}}{error.__name__}{status}$", errors.__doc__ or "", re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", [openvino, scripted])
+def test_a_package_that_lists_its_modules_lists_all_of_them(package: ModuleType) -> None:
+    listed = re.findall(r"^- `(\w+)` ", package.__doc__ or "", re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in Path(package.__file__ or "").parent.glob("[!_]*.py"))

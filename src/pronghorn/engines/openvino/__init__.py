@@ -4,6 +4,7 @@
 - `child`       the process: loads the model, then serves
 - `face`        its HTTP
 - `requests`    what a request's body asks for, or the 400 that says what is wrong with it
+- `generation`  prompts and settings into finished answers
 - `pipeline`    the one thread that runs the model, a step for all running lines at a time
 - `grammars`    JSON schemas tried out where a bad one does no harm
 - `text`        tokens into text: stop strings, characters in several tokens, log-probabilities
