@@ -130,15 +130,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             planner=Planner(metadata, checker, clock),
             finalizer=Finalizer(metadata, files, blobs, segments, clock, ids),
             clock=clock,
-            configure=Configure(
-                blobs_dir=str(data_dir / "blobs"),
-                segments_dir=str(data_dir / "segments"),
-                answer_bytes_max=settings.answer_bytes_max,
-                line_timeout_s=settings.line_timeout_s,
-                refused_pause_s=settings.refused_pause_s,
-                model_grace_s=settings.model_grace_s,
-                prompt_order=settings.prompt_order,
-            ),
+            configure=_configure(settings, data_dir),
             workers=settings.workers,
             batch_ended=courier.wake,
         )
@@ -149,32 +141,54 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             answer_bytes_max=settings.answer_bytes_max,
         )
         stack.push_async_callback(relay.close)
-        maintaining = asyncio.create_task(Maintenance(files, uploads, webhooks, blobs, orphans, clock).run())
-        coordinating = asyncio.create_task(coordinator.run(), name="coordinator")
-        coordinating.add_done_callback(_end_on_failure)
-        delivering = asyncio.create_task(courier.run(), name="courier")
-        delivering.add_done_callback(_end_on_failure)
-        try:
-            yield System(
-                metadata=metadata,
-                files=files,
-                uploads=uploads,
-                blobs=blobs,
-                engines=engines,
-                checker=checker,
-                coordinator=coordinator,
-                relay=relay,
-                webhooks=webhooks,
-                courier=courier,
-                clock=clock,
-                ids=ids,
-            )
-        finally:
-            maintaining.cancel()
-            coordinator.stop(settings.drain_s)
-            await asyncio.gather(coordinating, maintaining, return_exceptions=True)
-            delivering.cancel()
-            await asyncio.gather(delivering, return_exceptions=True)
+        maintenance = Maintenance(files, uploads, webhooks, blobs, orphans, clock)
+        await stack.enter_async_context(_at_work(coordinator, courier, maintenance, settings.drain_s))
+        yield System(
+            metadata=metadata,
+            files=files,
+            uploads=uploads,
+            blobs=blobs,
+            engines=engines,
+            checker=checker,
+            coordinator=coordinator,
+            relay=relay,
+            webhooks=webhooks,
+            courier=courier,
+            clock=clock,
+            ids=ids,
+        )
+
+
+def _configure(settings: Settings, data_dir: Path) -> Configure:
+    return Configure(
+        blobs_dir=str(data_dir / "blobs"),
+        segments_dir=str(data_dir / "segments"),
+        answer_bytes_max=settings.answer_bytes_max,
+        line_timeout_s=settings.line_timeout_s,
+        refused_pause_s=settings.refused_pause_s,
+        model_grace_s=settings.model_grace_s,
+        prompt_order=settings.prompt_order,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _at_work(
+    coordinator: Coordinator, courier: Courier, maintenance: Maintenance, drain_s: float
+) -> AsyncIterator[None]:
+    """Run what works in the background; on leaving let lines in flight finish for up to `drain_s`."""
+    maintaining = asyncio.create_task(maintenance.run())
+    coordinating = asyncio.create_task(coordinator.run(), name="coordinator")
+    coordinating.add_done_callback(_end_on_failure)
+    delivering = asyncio.create_task(courier.run(), name="courier")
+    delivering.add_done_callback(_end_on_failure)
+    try:
+        yield
+    finally:
+        maintaining.cancel()
+        coordinator.stop(drain_s)
+        await asyncio.gather(coordinating, maintaining, return_exceptions=True)
+        delivering.cancel()
+        await asyncio.gather(delivering, return_exceptions=True)
 
 
 def _allow_open_files() -> None:
