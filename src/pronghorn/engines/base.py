@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -95,3 +96,9 @@ class EnginePool:
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def authorization(api_key_env: str | None) -> dict[str, str]:
+    """Return the header that shows an engine the key in this environment variable; none where there is no key."""
+    key = os.environ.get(api_key_env) if api_key_env else None
+    return {"Authorization": f"Bearer {key}"} if key else {}

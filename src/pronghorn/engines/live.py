@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 from pronghorn.domain.answers import Fault, FaultKind
 from pronghorn.domain.model import Endpoint, Replica
-from pronghorn.engines.base import EnginePool
+from pronghorn.engines.base import EnginePool, authorization
 from pronghorn.engines.client import AnswerCutError, AnswerStream, EngineClient, Timeouts
 from pronghorn.errors import (
     EngineFailed,
@@ -187,8 +186,7 @@ class Relay:
     def _way(self, replica: Replica) -> _Way:
         key = replica.name
         if key not in self._ways:
-            api_key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
-            headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+            headers = authorization(replica.api_key_env)
             client = EngineClient(replica.base_url, headers=headers, timeouts=self._timeouts)
             self._ways[key] = _Way(key, client)
         return self._ways[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -12,7 +11,7 @@ import msgspec
 
 from pronghorn.domain.answers import Answer
 from pronghorn.domain.model import Replica
-from pronghorn.engines.base import ModelInfo
+from pronghorn.engines.base import ModelInfo, authorization
 from pronghorn.engines.client import EngineClient
 from pronghorn.errors import UsageError
 from pronghorn.limits import MIB
@@ -42,10 +41,9 @@ class UpstreamEngine:
     def __init__(self, settings: UpstreamSettings) -> None:
         self._settings = settings
         self._base_url = base_url(settings.url)
-        key = os.environ.get(settings.api_key_env) if settings.api_key_env else None
-        if settings.api_key_env and not key:
+        headers = authorization(settings.api_key_env)
+        if settings.api_key_env and not headers:
             raise UsageError(f"upstream {settings.url}: environment variable {settings.api_key_env} is not set")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = EngineClient(self._base_url, headers=headers, answer_bytes_max=LIST_BYTES_MAX)
         self._models = settings.models
         self._trouble: str | None = None

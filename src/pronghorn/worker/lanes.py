@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from pronghorn.clock import Clock
 from pronghorn.domain.model import Replica
+from pronghorn.engines.base import authorization
 from pronghorn.engines.client import EngineClient, Timeouts
 from pronghorn.worker.lane import Lane
 from pronghorn.worker.protocol import Configure
@@ -126,8 +126,7 @@ class Lanes:
             await lane.close()
 
     def _open(self, replica: Replica) -> Lane:
-        key = os.environ.get(replica.api_key_env) if replica.api_key_env else None
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = authorization(replica.api_key_env)
         client = EngineClient(
             replica.base_url,
             headers=headers,
