@@ -50,6 +50,10 @@ class RequestError(PronghornError):
         self.param = param
         self.code = code
 
+    def envelope(self) -> dict[str, dict[str, str | None]]:
+        """Return the body of the answer."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
 
 class InvalidRequest(RequestError):
     """The request itself is wrong."""

@@ -84,8 +84,7 @@ def install(app: FastAPI) -> None:
 
 def envelope(error: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the answer for an error, with its own headers and those given."""
-    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return JSONResponse({"error": body}, status_code=error.status, headers={**error.headers, **(headers or {})})
+    return JSONResponse(error.envelope(), status_code=error.status, headers={**error.headers, **(headers or {})})
 
 
 async def _request_error(_: Request, error: Exception) -> JSONResponse:

@@ -124,8 +124,7 @@ def _json(value: object, status: int = 200) -> Response:
 async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestError):
         raise error
-    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    answer = _json({"error": fields}, error.status)
+    answer = _json(error.envelope(), error.status)
     answer.headers.update(error.headers)
     return answer
 
