@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field, field_validator
-from pydantic_core import PydanticCustomError
 
 from pronghorn.api import wire
 from pronghorn.api.auth import AccountId
@@ -105,9 +104,7 @@ class _Request(wire.Request):
     @field_validator("event_types", check_fields=False)
     @classmethod
     def _are_known(cls, value: list[str]) -> list[str]:
-        for event_type in value:
-            _known(event_type)
-        return list(dict.fromkeys(value))
+        return list(dict.fromkeys(wire.one_of(EventType, event_type) for event_type in value))
 
 
 _Name = Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)]
@@ -146,7 +143,7 @@ class SendTestEvent(_Request):
     @field_validator("event_type")
     @classmethod
     def _is_known(cls, value: str) -> str:
-        return _known(value)
+        return wire.one_of(EventType, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,18 +273,6 @@ class WebhooksApi:
     async def list_webhook_event_types(self, _: AccountId) -> WebhookEventTypeList:
         """Return every event that an endpoint can be told."""
         return WebhookEventTypeList(data=[event_type.value for event_type in EventType])
-
-
-def _known(event_type: str) -> str:
-    known = [known.value for known in EventType]
-    if event_type not in known:
-        *first, last = [f"'{value}'" for value in known]
-        raise PydanticCustomError(
-            "invalid_value",
-            "Invalid value: '{value}'. Supported values are: {supported}.",
-            {"value": event_type, "supported": f"{', '.join(first)}, and {last}"},
-        )
-    return event_type
 
 
 def _check_url(url: str, allowed: AllowedHosts) -> None:

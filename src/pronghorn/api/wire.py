@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import re
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
@@ -271,6 +272,18 @@ class CreateJob(Request):
     weight: Annotated[int, Field(ge=1, le=1000)] = 1
 
 
+def one_of(known: type[enum.StrEnum], value: str) -> str:
+    """Return a value that is one of those known; raises PydanticCustomError, in OpenAI's words, for any other."""
+    if value not in list(known):
+        *first, last = [f"'{each}'" for each in known]
+        raise PydanticCustomError(
+            "invalid_value",
+            "Invalid value: '{value}'. Supported values are: {supported}.",
+            {"value": value, "supported": f"{', '.join(first)}, and {last}"},
+        )
+    return value
+
+
 def _check_window(value: str) -> str:
     if value != UNLIMITED and not window_seconds(value):
         raise PydanticCustomError(
@@ -283,7 +296,28 @@ def _check_window(value: str) -> str:
 
 
 def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    check_metadata(metadata)
+    if len(metadata) > METADATA_PAIRS_MAX:
+        raise PydanticCustomError(
+            "object_above_max_properties",
+            "Invalid 'metadata': too many properties. Expected an object with at most {max} properties, but got an "
+            "object with {got} properties instead.",
+            {"max": METADATA_PAIRS_MAX, "got": len(metadata)},
+        )
+    for key, value in metadata.items():
+        if len(key) > METADATA_KEY_CHARS_MAX:
+            raise PydanticCustomError(
+                "property_name_above_max_length",
+                "Invalid 'metadata': property name too long. Expected a name with maximum length {max}, but got a "
+                "name with length {got} instead.",
+                {"max": METADATA_KEY_CHARS_MAX, "got": len(key)},
+            )
+        if len(value) > METADATA_VALUE_CHARS_MAX:
+            raise PydanticCustomError(
+                "string_above_max_length",
+                "Invalid 'metadata.{key}': string too long. Expected a string with maximum length {max}, but got a "
+                "string with length {got} instead.",
+                {"key": key, "max": METADATA_VALUE_CHARS_MAX, "got": len(value), "param": f"metadata.{key}"},
+            )
     return metadata
 
 
@@ -324,14 +358,7 @@ class CreateBatch(Request):
     @field_validator("endpoint")
     @classmethod
     def _is_supported(cls, value: str) -> str:
-        *first, last = [f"'{endpoint.value}'" for endpoint in Endpoint]
-        if value not in {endpoint.value for endpoint in Endpoint}:
-            raise PydanticCustomError(
-                "invalid_value",
-                "Invalid value: '{value}'. Supported values are: {supported}.",
-                {"value": value, "supported": f"{', '.join(first)}, and {last}"},
-            )
-        return value
+        return one_of(Endpoint, value)
 
 
 class RetryBatch(Request):
@@ -342,32 +369,6 @@ class RetryBatch(Request):
     overrides: dict[str, Any] = {}
     completion_window: Window | None = None
     metadata: Metadata | None = None
-
-
-def check_metadata(metadata: dict[str, str]) -> None:
-    """Raise PydanticCustomError, in OpenAI's words, when metadata is above a limit."""
-    if len(metadata) > METADATA_PAIRS_MAX:
-        raise PydanticCustomError(
-            "object_above_max_properties",
-            "Invalid 'metadata': too many properties. Expected an object with at most {max} properties, but got an "
-            "object with {got} properties instead.",
-            {"max": METADATA_PAIRS_MAX, "got": len(metadata)},
-        )
-    for key, value in metadata.items():
-        if len(key) > METADATA_KEY_CHARS_MAX:
-            raise PydanticCustomError(
-                "property_name_above_max_length",
-                "Invalid 'metadata': property name too long. Expected a name with maximum length {max}, but got a "
-                "name with length {got} instead.",
-                {"max": METADATA_KEY_CHARS_MAX, "got": len(key)},
-            )
-        if len(value) > METADATA_VALUE_CHARS_MAX:
-            raise PydanticCustomError(
-                "string_above_max_length",
-                "Invalid 'metadata.{key}': string too long. Expected a string with maximum length {max}, but got a "
-                "string with length {got} instead.",
-                {"key": key, "max": METADATA_VALUE_CHARS_MAX, "got": len(value), "param": f"metadata.{key}"},
-            )
 
 
 def file_object(file: File) -> FileObject:
