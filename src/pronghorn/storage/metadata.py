@@ -56,6 +56,8 @@ INSERT_ROWS_MAX = 200
 # So much of a batch's problems is read for a listing; that many have 15 KB unless a line names its model at length.
 PROBLEMS_OF_LISTED_BATCH_BYTES_MAX = 64 * KIB
 
+_NOT_ENDED = batches.c.status.not_in([status.value for status in TERMINAL])
+
 
 class OpenState(NamedTuple):
     """What decides whether a batch that has not ended needs a look."""
@@ -110,11 +112,9 @@ class Metadata:
         row = await self._database.read(lambda c: c.execute(query).mappings().first())
         return job_of(row) if row else None
 
-    async def jobs(self, account_id: str | None = None) -> list[Job]:
-        """Return jobs, oldest first."""
-        query = jobs.select().order_by(jobs.c.order)
-        if account_id is not None:
-            query = query.where(jobs.c.account_id == account_id)
+    async def jobs(self, account_id: str) -> list[Job]:
+        """Return an account's jobs, oldest first."""
+        query = jobs.select().where(jobs.c.account_id == account_id).order_by(jobs.c.order)
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
         return [job_of(row) for row in rows]
 
@@ -158,16 +158,14 @@ class Metadata:
 
     async def open_batches(self) -> list[Batch]:
         """Return every batch that has not ended, oldest first."""
-        ended = [status.value for status in TERMINAL]
-        query = batches.select().where(batches.c.status.not_in(ended)).order_by(batches.c.order)
+        query = batches.select().where(_NOT_ENDED).order_by(batches.c.order)
         rows = await self._database.read(lambda c: c.execute(query).mappings().all())
         return [batch_of(row) for row in rows]
 
     async def open_states(self) -> list[OpenState]:
         """Return where every batch that has not ended stands, oldest first; thousands are read in a moment."""
-        ended = [status.value for status in TERMINAL]
         columns = (batches.c.id, batches.c.account_id, batches.c.status, batches.c.closing, batches.c.expires_at)
-        query = sa.select(*columns).where(batches.c.status.not_in(ended)).order_by(batches.c.order)
+        query = sa.select(*columns).where(_NOT_ENDED).order_by(batches.c.order)
         rows = await self._database.read(lambda c: c.execute(query).all())
         return [
             OpenState(key, account_id, BatchStatus(status), None if closing is None else Closing(closing), expires_at)
@@ -251,13 +249,11 @@ class Metadata:
 
     async def record_progress(self, shown: Sequence[tuple[str, Tally, Progress]]) -> None:
         """Show how far open batches are, how fast they move, and why they do not if they do not."""
-        ended = [status.value for status in TERMINAL]
 
         def write(connection: sa.Connection) -> None:
             for batch_id, tally, progress in shown:
                 values = {**tally_values(tally), "progress": msgspec.json.encode(progress)}
-                here = batches.c.id == batch_id, batches.c.status.not_in(ended)
-                connection.execute(batches.update().where(*here).values(**values))
+                connection.execute(batches.update().where(batches.c.id == batch_id, _NOT_ENDED).values(**values))
 
         await self._database.write(write)
 
