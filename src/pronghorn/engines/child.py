@@ -135,7 +135,7 @@ def free_port() -> int:
 
 
 def take_stdout() -> TextIO:
-    """Return stdout for the child's one line, and send whatever libraries print there to stderr."""
+    """Return stdout for what the child says, and send whatever libraries print there to stderr."""
     status = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return status

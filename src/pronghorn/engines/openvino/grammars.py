@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import resource
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from pronghorn.engines.child import take_stdout
 from pronghorn.errors import EngineFailed, InvalidRequest
 from pronghorn.limits import MIB
 
@@ -135,8 +135,7 @@ def _write_vocabulary(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Try schemas until standard input closes or one fails."""
-    verdicts = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    verdicts = take_stdout()
     resource.setrlimit(resource.RLIMIT_DATA, (TRIAL_BYTES_MAX, TRIAL_BYTES_MAX))
     trial = _load(Path(sys.argv[1]))
     verdicts.write("READY\n")
