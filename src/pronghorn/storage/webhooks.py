@@ -22,7 +22,7 @@ from pronghorn.domain.webhooks import (
     WebhookEndpoint,
     event_of,
 )
-from pronghorn.ids import Ids, RandomIds
+from pronghorn.ids import RandomIds
 from pronghorn.storage.database import Database
 from pronghorn.storage.pages import Page, read_page
 from pronghorn.storage.tables import webhook_deliveries as deliveries
@@ -45,17 +45,17 @@ class Due(NamedTuple):
     endpoint: WebhookEndpoint
 
 
-def enqueue_event(connection: sa.Connection, batch: Batch, status: BatchStatus, now: int, ids: Ids = _IDS) -> None:
+def enqueue_event(connection: sa.Connection, batch: Batch, status: BatchStatus, now: int) -> None:
     """Record that a batch has entered `status`, for every endpoint of its account that is told of it."""
     event_type = event_of(status)
     if event_type is None:
         return
     account = endpoints.c.account_id == batch.account_id, endpoints.c.disabled_at.is_(None)
     rows = connection.execute(endpoints.select().where(*account).order_by(endpoints.c.order)).mappings().all()
-    event_id = ids.new("evt_")
+    event_id = _IDS.new("evt_")
     told = [
         {
-            "id": ids.new("wh_"),
+            "id": _IDS.new("wh_"),
             "account_id": batch.account_id,
             "endpoint_id": endpoint.id,
             "event_id": event_id,
