@@ -35,7 +35,16 @@ class Absence:
 
 
 class Lane:
-    """One replica as a worker uses it."""
+    """One replica as a worker uses it.
+
+    `in_flight` counts the lines that it has, `held` the places kept for lines that it refused, `live` the live requests
+    to leave room for. `probe` is the line that tries it while it is paused or lacks the line's model, `alone` the line
+    that is known to be its only one; `kept_clear` tells that it is for suspects. It has `last_prompt` in its one cache,
+    or one of `freed_prompts` in each slot that is free. `failures_in_a_row` counts failures with no success between,
+    `put_off_in_a_row` those and rate limits; `complaint` is why a line was put off last. `doubt` is whether its engine
+    lives, and `canary` what asks it; `asked` is what it was sent a line for last. It has answered none of its lines
+    since `quiet_since`. `absent` are the models that it does not know.
+    """
 
     def __init__(self, replica: Replica, client: EngineClient) -> None:
         self.replica = replica

@@ -36,8 +36,9 @@ class Line:
     """A line on its way to its outcome.
 
     `tries` counts how often it was sent, `charged` those that use up its attempts, `deaths` the engine's ends that it
-    was part of, `isolations_ended` how often it ran alone for so long that others joined it. `failed_at` holds the
-    names of the replicas that have failed it, `limited_at` of those that have put it off without, until it has waited.
+    was part of, `alone_deaths` those of them at which the engine had no other line; `alone` tells that it has none now.
+    `isolations_ended` counts how often it ran alone for so long that others joined it. `failed_at` holds the names of
+    the replicas that have failed it, `limited_at` of those that have put it off without, until it has waited.
     `or_else` is its outcome if time runs out, with the answer that it would show. `prompt` is its body from where the
     prompt begins, which decides on its place among others.
     """
