@@ -1,4 +1,4 @@
-"""Every setting, once: `--help`, the configuration file and docs/SETTINGS.md all come from this table."""
+"""Every setting, once: the configuration file and docs/SETTINGS.md come from this table, and flags are laid over it."""
 
 from __future__ import annotations
 

@@ -13,9 +13,11 @@ from types import ModuleType
 
 import msgspec
 import pytest
+import typer
 from msgspec import inspect
 
 from pronghorn import errors
+from pronghorn.cli import commands
 from pronghorn.engines import openvino, scripted
 from pronghorn.engines.scripted import ALL_KINDS, ScriptedOptions
 from pronghorn.engines.scripted.faults import VARIANTS
@@ -114,6 +116,16 @@ def test_every_setting_says_what_it_is() -> None:
         for struct in structs:
             for field in inspect.type_info(struct).fields:
                 assert _description(field.type), f"{struct.__name__}.{field.name} has no description"
+
+
+def test_the_help_of_flags_tells_the_defaults_of_their_settings() -> None:
+    told = {
+        parameter.name: re.findall(r"\[default: (.*)\]", str(getattr(parameter, "help", "")))
+        for parameter in typer.main.get_group(commands.app).commands["serve"].params
+    }
+    for field in msgspec.structs.fields(Settings):
+        if field.name in told and field.default:
+            assert told[field.name] == [str(field.default)]
 
 
 def test_every_fault_and_variant_of_the_scripted_engine_is_documented() -> None:
