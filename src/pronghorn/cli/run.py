@@ -31,6 +31,7 @@ from pronghorn.domain.model import (
     File,
     Job,
 )
+from pronghorn.domain.planning import BOM
 from pronghorn.errors import Fenced, PronghornError, StorageError, UsageError, invariant
 from pronghorn.limits import FILE_CHUNK_BYTES
 from pronghorn.settings import Settings, default_data_dir
@@ -225,7 +226,7 @@ def _endpoint(path: Path) -> Endpoint:
     with path.open("rb") as source:
         first = next((line for line in iter(lambda: source.readline(FILE_CHUNK_BYTES), b"") if line.strip()), b"")
     try:
-        return Endpoint(msgspec.json.decode(first.removeprefix(b"\xef\xbb\xbf"))["url"])
+        return Endpoint(msgspec.json.decode(first.removeprefix(BOM))["url"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return Endpoint.CHAT_COMPLETIONS
 
@@ -270,13 +271,12 @@ class _Bar:
         self._progress.stop()
 
     def show(self, batch: Batch, now: float) -> None:
-        tokens = batch.tally.usage.input_tokens + batch.tally.usage.output_tokens
         self._progress.update(
             self._task,
             description=batch.status.replace("_", " "),
             total=batch.total or None,
             completed=batch.tally.lines,
-            rates=self._rates(batch.tally.lines, tokens, now),
+            rates=self._rates(batch.tally.lines, batch.tally.tokens, now),
             reason=(batch.progress and batch.progress.reason) or "",
         )
 
