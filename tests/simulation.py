@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Protocol
 
-from pronghorn.domain.flow import Gauges, Window
+from pronghorn.domain.flow import Window
+from pronghorn.domain.gauging import Gauges
 
 SEEDS = (1, 2, 3)
 # What a server asks a refused client to wait.

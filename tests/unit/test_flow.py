@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pronghorn.domain.flow import WINDOW_INITIAL, WINDOW_MAX, Gauges, Window
+from pronghorn.domain.flow import WINDOW_INITIAL, WINDOW_MAX, Window
+from pronghorn.domain.gauging import Gauges
 from pronghorn.domain.refusals import DECREASE
 from tests.simulation import TRIALS, Fixed, Line, Model, Trial, batch, simulate
 

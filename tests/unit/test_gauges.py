@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pronghorn.domain.flow import Gauges
+from pronghorn.domain.gauging import Gauges
 from pronghorn.engines import scripted
 from pronghorn.engines.gauges import GaugeReader, parse_metrics, parse_slots
 from pronghorn.engines.scripted import ScriptedOptions

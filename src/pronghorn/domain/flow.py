@@ -6,8 +6,6 @@ from pronghorn.domain.gauging import USED, Gauges, Gauging
 from pronghorn.domain.refusals import REFUSALS_WEIGHED, Refusals
 from pronghorn.domain.search import Search
 
-__all__ = ["WINDOW_INITIAL", "WINDOW_MAX", "Gauges", "Window"]
-
 WINDOW_INITIAL = 16
 # Far above what one engine runs at once (vLLM's default is 256 to 1024); it bounds the worker's memory.
 WINDOW_MAX = 4096
