@@ -169,6 +169,10 @@ class Server(Process):
             time.sleep(POLL_S)
         raise AssertionError(f"after {timeout_s} s the batch is still {batch}")
 
+    def run_batch(self, content: bytes, timeout_s: float = 60, **fields: Any) -> dict[str, Any]:
+        """Run lines from their upload to the end of their batch."""
+        return self.await_batch(self.create_batch(self.upload(content), **fields)["id"], timeout_s=timeout_s)
+
     def content(self, file_id: str | None) -> bytes:
         return b"" if file_id is None else self.http.get(f"/v1/files/{file_id}/content").content
 

@@ -23,10 +23,6 @@ def body(**changes: Any) -> dict[str, Any]:
     return {"model": "scripted", "messages": [{"role": "user", "content": "hi"}]} | changes
 
 
-def run(server: Server, content: bytes, **fields: Any) -> dict[str, Any]:
-    return server.await_batch(server.create_batch(server.upload(content), **fields)["id"])
-
-
 @pytest.mark.parametrize(
     ("content", "lines"),
     [
@@ -39,7 +35,7 @@ def run(server: Server, content: bytes, **fields: Any) -> dict[str, Any]:
     ids=["no newline at the end", "CRLF", "byte order mark", "blank lines", "a line separator inside"],
 )
 def test_what_is_merely_odd_runs(server: Server, content: bytes, lines: int) -> None:
-    batch = run(server, content)
+    batch = server.run_batch(content)
     assert (batch["status"], batch["request_counts"]["completed"]) == ("completed", lines)
 
 
@@ -68,7 +64,7 @@ def test_one_bad_line_fails_the_batch_and_is_named(
     server: Server, engine: ScriptedProcess, bad: bytes, code: str, param: str | None
 ) -> None:
     before = engine.ledger()["requests"]
-    batch = run(server, line("a") + b"\n" + bad + b"\n" + line("c") + b"\n")
+    batch = server.run_batch(line("a") + b"\n" + bad + b"\n" + line("c") + b"\n")
     assert batch["status"] == "failed"
     assert [(error["line"], error["code"], error["param"]) for error in batch["errors"]["data"]] == [(2, code, param)]
     assert (batch["output_file_id"], batch["error_file_id"]) == (None, None)
@@ -77,7 +73,9 @@ def test_one_bad_line_fails_the_batch_and_is_named(
 
 def test_a_line_of_100_mb_is_named_and_memory_stays_flat(server: Server) -> None:
     before = server.peak_bytes()
-    batch = run(server, line("a") + b"\n" + line("b", body=body(user="x" * (100 * MIB))) + b"\n" + line("c") + b"\n")
+    batch = server.run_batch(
+        line("a") + b"\n" + line("b", body=body(user="x" * (100 * MIB))) + b"\n" + line("c") + b"\n"
+    )
     assert [(error["line"], error["code"]) for error in batch["errors"]["data"]] == [(2, "line_too_long")]
     assert server.peak_bytes() - before < 64 * MIB
 

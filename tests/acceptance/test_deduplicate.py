@@ -89,7 +89,7 @@ def test_lines_run_each_by_itself_unless_asked(tmp_path: Path) -> None:
         ScriptedProcess(tmp_path / "engine.log") as engine,
         Server(tmp_path / "data", "--upstream", engine.base_url) as server,
     ):
-        batch = server.await_batch(server.create_batch(server.upload(content([1, 1, 2])))["id"])
+        batch = server.run_batch(content([1, 1, 2]))
         assert (batch["deduplicate"], batch["duplicate_bodies"]) == (False, None)
         assert engine.ledger()["requests"] == 3
 

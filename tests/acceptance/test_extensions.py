@@ -24,12 +24,8 @@ FAILING = [
 ]
 
 
-def run(server: Server, content: bytes, **fields: Any) -> dict[str, Any]:
-    return server.await_batch(server.create_batch(server.upload(content), **fields)["id"])
-
-
 def test_an_ended_batch_sums_up_its_errors(server: Server) -> None:
-    batch = run(server, b"".join(FAILING))
+    batch = server.run_batch(b"".join(FAILING))
     assert batch["status"] == "completed"
     assert batch["request_counts"] == {"total": 4, "completed": 1, "failed": 3}
     causes = {(cause["status_code"], cause["code"]): cause for cause in batch["error_summary"]}
@@ -40,7 +36,7 @@ def test_an_ended_batch_sums_up_its_errors(server: Server) -> None:
 
 
 def test_only_failed_lines_are_retried_with_overrides(server: Server) -> None:
-    old = run(server, b"".join(FAILING), metadata={"team": "a"})
+    old = server.run_batch(b"".join(FAILING), metadata={"team": "a"})
     answer = server.http.post(
         f"/v1/batches/{old['id']}/retry",
         json={"codes": ["context_length_exceeded"], "overrides": {"max_tokens": 4096, "user": None}},
@@ -55,7 +51,7 @@ def test_only_failed_lines_are_retried_with_overrides(server: Server) -> None:
 
 
 def test_a_retry_that_is_sent_again_has_the_same_answer_when_the_files_are_gone(server: Server) -> None:
-    old = run(server, FAILING[0] + FAILING[1])
+    old = server.run_batch(FAILING[0] + FAILING[1])
     path, headers = f"/v1/batches/{old['id']}/retry", {"Idempotency-Key": "retry-of-the-gone"}
     first = server.http.post(path, json={}, headers=headers).json()
     assert server.http.delete(f"/v1/files/{old['error_file_id']}").status_code == 200
@@ -65,7 +61,7 @@ def test_a_retry_that_is_sent_again_has_the_same_answer_when_the_files_are_gone(
 
 
 def test_a_retry_whose_input_goes_while_it_is_read_says_so(server: Server) -> None:
-    old = run(server, b"".join(FAILING))
+    old = server.run_batch(b"".join(FAILING))
     (server.data_dir / "blobs" / "files" / old["input_file_id"]).unlink()  # as a deletion at that moment does
     answer = server.http.post(f"/v1/batches/{old['id']}/retry", json={})
     assert (answer.status_code, "its files are gone" in answer.text) == (400, True)
@@ -73,7 +69,7 @@ def test_a_retry_whose_input_goes_while_it_is_read_says_so(server: Server) -> No
 
 
 def test_a_retry_that_starts_nothing_leaves_nothing_behind(server: Server) -> None:
-    old = run(server, b"".join(FAILING))
+    old = server.run_batch(b"".join(FAILING))
     path, headers = f"/v1/batches/{old['id']}/retry", {"Idempotency-Key": "retry-1"}
     first = server.http.post(path, json={}, headers=headers).json()
     listed = server.http.get("/v1/files", params={"purpose": "batch"}).json()["data"]
@@ -98,7 +94,7 @@ def test_cancelled_lines_can_be_retried(server: Server) -> None:
 
 @pytest.mark.parametrize("body", [{"codes": ["no_such_code"]}, {"status_codes": [599]}])
 def test_a_retry_of_nothing_says_so(server: Server, body: dict[str, Any]) -> None:
-    batch = run(server, b"".join(FAILING))
+    batch = server.run_batch(b"".join(FAILING))
     answer = server.http.post(f"/v1/batches/{batch['id']}/retry", json=body)
     assert answer.status_code == 400
     assert "nothing to retry" in answer.json()["error"]["message"]
@@ -128,7 +124,7 @@ def test_a_dry_run_tells_everything_and_starts_nothing(server: Server, engine: S
 
 def test_invalid_lines_can_be_skipped(server: Server) -> None:
     content = line("a", "one") + b"nonsense\n" + line("b", "two") + line("a", "again") + line("c", "x", stream=True)
-    batch = run(server, content, on_invalid="skip")
+    batch = server.run_batch(content, on_invalid="skip")
     assert batch["status"] == "completed"
     assert batch["request_counts"] == {"total": 5, "completed": 2, "failed": 3}
     errors = [json.loads(result) for result in server.content(batch["error_file_id"]).splitlines()]
@@ -140,7 +136,7 @@ def test_invalid_lines_can_be_skipped(server: Server) -> None:
 
 
 def test_a_file_of_invalid_lines_only_still_fails(server: Server) -> None:
-    assert run(server, b"{}\n{}\n", on_invalid="skip")["status"] == "failed"
+    assert server.run_batch(b"{}\n{}\n", on_invalid="skip")["status"] == "failed"
 
 
 def test_results_are_read_while_they_grow(server: Server) -> None:
@@ -208,6 +204,6 @@ def test_the_same_key_and_body_start_one_batch(server: Server) -> None:
 
 
 def test_output_files_expire_when_the_client_says_so(server: Server) -> None:
-    batch = run(server, batch_input(2), output_expires_after={"anchor": "created_at", "seconds": 3600})
+    batch = server.run_batch(batch_input(2), output_expires_after={"anchor": "created_at", "seconds": 3600})
     output = server.http.get(f"/v1/files/{batch['output_file_id']}").json()
     assert output["expires_at"] == output["created_at"] + 3600

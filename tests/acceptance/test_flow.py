@@ -30,7 +30,7 @@ def test_an_engine_with_gauges_gets_no_more_than_it_runs_and_a_short_queue(tmp_p
         ScriptedProcess(tmp_path / "engine.log", capacity="slots", slots=4, latency_ms=500) as engine,
         Server(tmp_path / "data", "--upstream", engine.base_url) as server,
     ):
-        batch = server.await_batch(server.create_batch(server.upload(content))["id"])
+        batch = server.run_batch(content)
         assert batch["request_counts"] == {"total": 48, "completed": 48, "failed": 0}
         # Without gauges the first round of answers, which takes 2.5 s, would be followed by one of 64.
         assert engine.ledger()["max_in_flight"] == 16

@@ -32,7 +32,7 @@ def test_lines_with_a_common_prompt_run_together(tmp_path: Path, prompt_order: b
     with ScriptedProcess(tmp_path / "engine.log", ledger_path=ledger) as engine:
         settings = configured(tmp_path, engine.base_url, window=1, prompt_order=prompt_order)
         with Server(tmp_path / "data", *settings) as server:
-            batch = server.await_batch(server.create_batch(server.upload(b"".join(lines)))["id"])
+            batch = server.run_batch(b"".join(lines))
             results = [json.loads(line) for line in server.content(batch["output_file_id"]).splitlines()]
     assert [result["custom_id"] for result in results] == [str(number) for number in range(LINES)]
     topics = {hashlib.sha256(body(number)).hexdigest(): number % len(TOPICS) for number in range(LINES)}

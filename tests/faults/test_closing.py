@@ -117,5 +117,5 @@ def test_an_engine_that_pauses_again_and_again_is_always_tried_again(server: Ser
     lines = b"".join(
         batch_input(1, f"[[scripted fault=503 times=2]] {n}").replace(b"line-0", b"%d" % n) for n in (1, 2)
     )
-    batch = server.await_batch(server.create_batch(server.upload(lines))["id"], timeout_s=90)
+    batch = server.run_batch(lines, timeout_s=90)
     assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}

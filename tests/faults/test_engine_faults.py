@@ -50,7 +50,7 @@ def test_a_line_that_kills_its_engine_is_found_and_the_others_complete(tmp_path:
         restarted(tmp_path / "engine.log", allow_crash="true", latency_ms=50) as (engine, deaths),
         Server(tmp_path / "data", "--upstream", engine.base_url) as server,
     ):
-        batch = server.await_batch(server.create_batch(server.upload(lines))["id"], timeout_s=100)
+        batch = server.run_batch(lines, timeout_s=100)
         assert batch["request_counts"] == {"total": LINES, "completed": LINES - 1, "failed": 1}
         errors = errors_of(server, batch)
         assert list(errors) == ["line-17"]
@@ -63,7 +63,7 @@ def test_a_line_that_hangs_fails_and_the_others_complete(tmp_path: Path) -> None
     with ScriptedProcess(tmp_path / "engine.log") as engine:
         arguments = configured(tmp_path, engine.base_url, line_timeout_s=0.5)
         with Server(tmp_path / "data", *arguments) as server:
-            batch = server.await_batch(server.create_batch(server.upload(lines))["id"], timeout_s=100)
+            batch = server.run_batch(lines, timeout_s=100)
             assert batch["request_counts"] == {"total": LINES, "completed": LINES - 1, "failed": 1}
             assert errors_of(server, batch)["line-3"]["error"]["code"] == "request_timeout"
 
@@ -90,7 +90,7 @@ def test_a_model_that_an_engine_does_not_know_is_waited_for_and_holds_up_no_othe
             late = server.create_batch(server.upload(with_markers(LINES, {}, model="late")))["id"]
             waiting = server.await_batch(late, lambda batch: "does not know" in reason_of(batch))
             assert waiting["request_counts"]["failed"] == 0
-            check_output(server, server.await_batch(server.create_batch(server.upload(batch_input(50)))["id"]), 50)
+            check_output(server, server.run_batch(batch_input(50)), 50)
             batch = server.await_batch(late)
             assert batch["request_counts"] == {"total": LINES, "completed": 0, "failed": LINES}
             answers = [result["response"] for result in errors_of(server, batch).values()]

@@ -203,7 +203,7 @@ def test_whatever_an_answer_is_dressed_in_each_line_gets_its_own(tmp_path: Path)
         running(behave_as_asked) as engines,
         serving(tmp_path, engines, answer_bytes_max=ANSWER_BYTES_MAX) as server,
     ):
-        batch = server.await_batch(server.create_batch(server.upload(batch_of(kinds)))["id"], timeout_s=200)
+        batch = server.run_batch(batch_of(kinds), timeout_s=200)
         found = endings(server, batch)
     expected = {(kind, odd.ending): ROUNDS for kind, odd in ODD.items()}
     assert found == {**expected, ("fair", "completed"): ROUNDS * len(ODD)}
@@ -218,7 +218,7 @@ async def twice(wire: Wire) -> None:
 def test_an_answer_that_is_sent_twice_is_never_another_lines(tmp_path: Path) -> None:
     kinds = ["fair"] * 200
     with running(twice) as engines, serving(tmp_path, engines) as server:
-        batch = server.await_batch(server.create_batch(server.upload(batch_of(kinds)))["id"])
+        batch = server.run_batch(batch_of(kinds))
         assert endings(server, batch) == {("fair", "completed"): len(kinds)}
         assert engines[0].asked.total() < 1.5 * len(kinds), "once that is known no connection is used again"
 
@@ -229,5 +229,5 @@ async def the_same_to_everybody(wire: Wire) -> None:
 
 def test_an_engine_that_says_the_same_to_every_line_is_asked_once_for_each(tmp_path: Path) -> None:
     with running(the_same_to_everybody) as engines, serving(tmp_path, engines) as server:
-        batch = server.await_batch(server.create_batch(server.upload(batch_of(["fair"] * 200)))["id"])
+        batch = server.run_batch(batch_of(["fair"] * 200))
         assert batch["request_counts"]["completed"] == engines[0].asked.total() == 200

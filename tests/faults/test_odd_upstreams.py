@@ -148,7 +148,7 @@ def test_one_bad_replica_of_two_spoils_no_line(tmp_path: Path, bad: Behaviour) -
         running(bad, unhurried) as engines,
         serving(tmp_path, engines, model_grace_s=0.1) as server,
     ):
-        batch = server.await_batch(server.create_batch(server.upload(batch_input(LINES)))["id"], timeout_s=50)
+        batch = server.run_batch(batch_input(LINES), timeout_s=50)
         check_output(server, batch, LINES)
         assert engines[0].asked.total() < LINES, "the bad one is left alone while the other answers"
 
@@ -178,13 +178,13 @@ def test_one_bad_replica_of_two_spoils_no_line_while_the_other_answers_none(
     tmp_path: Path, bad: Behaviour, status: int, times: int
 ) -> None:
     with running(bad, Away(status, times)) as engines, serving(tmp_path, engines) as server:
-        batch = server.await_batch(server.create_batch(server.upload(batch_input(10)))["id"], timeout_s=90)
+        batch = server.run_batch(batch_input(10), timeout_s=90)
         check_output(server, batch, 10)
 
 
 def test_a_replica_that_stays_away_is_waited_for_no_longer_than_is_set(tmp_path: Path) -> None:
     with running(fails, Away(503, 10**9)) as engines, serving(tmp_path, engines, model_grace_s=0.5) as server:
-        batch = server.await_batch(server.create_batch(server.upload(batch_input(10)))["id"], timeout_s=90)
+        batch = server.run_batch(batch_input(10), timeout_s=90)
         assert batch["request_counts"]["failed"] == 10
 
 
@@ -249,4 +249,4 @@ def test_a_list_of_models_that_tells_nothing_keeps_no_batch_from_running(tmp_pat
     with running(fair) as engines:
         engines[0].listing = listing
         with serving(tmp_path, engines) as server:
-            check_output(server, server.await_batch(server.create_batch(server.upload(batch_input(20)))["id"]), 20)
+            check_output(server, server.run_batch(batch_input(20)), 20)
