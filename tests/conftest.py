@@ -1,6 +1,6 @@
 """What holds for every test: nothing blocks an event loop, and a failed property prints how to repeat it.
 
-And what tests of several folders share: the databases, and the seed of a bed.
+And what tests of several folders share: the databases, a receiver of webhooks, and the seed of a bed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 from pronghorn.storage.database import Database
 from tests.beds import Bed, Scale
+from tests.receiver import Receiver
 from tests.storing import OpenDatabase, sqlite_at
 
 # A shared machine may be slow at any moment; what a property takes is not what it tests.
@@ -69,6 +70,12 @@ async def open_database(request: pytest.FixtureRequest, tmp_path: Path, migrated
 @pytest.fixture
 async def database(open_database: OpenDatabase) -> Database:
     return await open_database()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver
 
 
 @pytest.fixture(autouse=True)

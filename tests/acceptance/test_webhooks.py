@@ -42,12 +42,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedProcess
         yield engine
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as receiver:
-        yield receiver
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedProcess) -> Iterator[Server]:
     with start(tmp_path_factory.mktemp("server"), engine) as server:

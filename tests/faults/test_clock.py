@@ -46,12 +46,6 @@ def engine(tmp_path: Path) -> Iterator[ScriptedProcess]:
         yield engine
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver() as receiver:
-        yield receiver
-
-
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
 def test_what_has_a_deadline_keeps_it_when_the_wall_clock_jumps(
     tmp_path: Path, engine: ScriptedProcess, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, jump_s: int

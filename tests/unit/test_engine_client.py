@@ -22,6 +22,7 @@ import uvloop
 from pronghorn import __version__
 from pronghorn.domain.answers import Answer, Fault, FaultKind
 from pronghorn.engines import large_answers
+from pronghorn.engines.child import free_port
 from pronghorn.engines.client import (
     AnswerCutError,
     AnswerStream,
@@ -198,13 +199,6 @@ class Signal:
     async def next(self) -> None:
         await self.event.wait()
         self.event.clear()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # What is sent.
