@@ -1,4 +1,7 @@
-"""The shapes on the wire, to the letter of OpenAI's API plus `job_id`, and how the domain's values become them."""
+"""The shapes on the wire, to the letter of OpenAI's API plus `job_id`, and how the domain's values become them.
+
+Those of uploads and of webhooks stand beside their routes, which alone use them.
+"""
 
 from __future__ import annotations
 
