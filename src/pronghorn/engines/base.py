@@ -57,14 +57,16 @@ class EnginePool:
         self._listeners: list[Callable[[], None]] = []
 
     async def start(self) -> None:
-        """Start every engine; an error of one stops those that had started."""
+        """Start every engine; an error of one, or being cancelled, stops those that had started."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for engine in self._engines:
                     tasks.create_task(engine.start(self._changed))
-        except ExceptionGroup as group:
+        except (ExceptionGroup, asyncio.CancelledError) as error:
             await self.stop()
-            raise group.exceptions[0] from group
+            if isinstance(error, ExceptionGroup):
+                raise error.exceptions[0] from error
+            raise
 
     async def stop(self) -> None:
         await asyncio.gather(*(engine.stop() for engine in self._engines))

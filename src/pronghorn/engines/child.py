@@ -13,9 +13,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from types import MappingProxyType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import msgspec
 
@@ -64,8 +64,8 @@ class ChildServer:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        if self._process is not None and self._process.returncode is None:
-            await _end(self._process)  # it holds nothing that could be lost
+        if self._process is not None:
+            await end_child(self._process)  # it holds nothing that could be lost
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         while True:
@@ -88,34 +88,69 @@ class ChildServer:
                 log.error("%s: %s", self._model, self.trouble)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=os.environ | self._environment,
-        )
+        process = await start_child(*self._command, env=os.environ | self._environment)
+        try:
+            await self._loaded(process)
+        except BaseException:  # that it is cancelled, too
+            await end_child(process)
+            raise
+        self.ready, self.trouble = True, None
+        return process
+
+    async def _loaded(self, process: asyncio.subprocess.Process) -> None:
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 line = await process.stdout.readline() if process.stdout else b""
         except TimeoutError as error:
-            await _end(process)
             raise EngineError(f"{self._engine} has not loaded {self._model} in {LOAD_TIMEOUT_S:.0f} s") from error
-        except asyncio.CancelledError:
-            await _end(process)
-            raise
         if line != b"READY\n":
-            await _end(process)
             reason = line.decode(errors="replace").removeprefix("FAILED ").strip() or "it ended while loading"
             raise EngineError(f"{self._engine} cannot run {self._model}: {reason}")
-        self.ready, self.trouble = True, None
-        return process
+
+
+async def start_child(*command: str, **options: Any) -> asyncio.subprocess.Process:
+    """Start a process with pipes to its standard input and output; where this is cancelled, none is left."""
+    arguments = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE} | options
+    starting = asyncio.create_task(asyncio.create_subprocess_exec(*command, **arguments))
+    try:
+        # A start that is cancelled itself can leave its pipes open, with asyncio as with uvloop.
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _to_the_end(_end_started(starting))
+        raise
+
+
+async def end_child(process: asyncio.subprocess.Process) -> None:
+    """Kill a process that may have ended already, and wait until it and its pipes are closed."""
+    await _to_the_end(_end(process))
+
+
+async def _end_started(starting: asyncio.Task[asyncio.subprocess.Process]) -> None:
+    with contextlib.suppress(OSError):
+        await _end(await starting)
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """Kill a child that may have ended already."""
     with contextlib.suppress(ProcessLookupError):
         process.kill()
-    await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+    await process.communicate()
+    if process.stdin is not None:
+        with contextlib.suppress(ConnectionError):
+            await process.stdin.wait_closed()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do all of the work, however often it is cancelled, and only then be cancelled."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
 
 
 def cores() -> int:

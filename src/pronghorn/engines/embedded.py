@@ -39,9 +39,11 @@ class EmbeddedEngine:
             async with asyncio.TaskGroup() as tasks:
                 for server in self._servers:
                     tasks.create_task(server.start())
-        except ExceptionGroup as group:
+        except (ExceptionGroup, asyncio.CancelledError) as error:
             await self.stop()
-            raise group.exceptions[0] from group
+            if isinstance(error, ExceptionGroup):
+                raise error.exceptions[0] from error
+            raise
         changed()
 
     async def stop(self) -> None:

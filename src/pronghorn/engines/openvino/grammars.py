@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from pronghorn.engines.child import take_stdout
+from pronghorn.engines.child import end_child, start_child, take_stdout
 from pronghorn.errors import EngineFailed, InvalidRequest
 from pronghorn.limits import MIB
 
@@ -67,26 +67,20 @@ class Grammars:
         finally:
             if verdict != b"OK\n":  # what it holds after a failure is unknown
                 self._process = None
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+                await end_child(process)
         if verdict == b"OK\n":
             return None
         return verdict.decode(errors="replace").strip() or "it takes too much time or memory"
 
     async def _start(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "pronghorn.engines.openvino.grammars",
-            self._gguf,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        if process.stdout is None or await process.stdout.readline() != b"READY\n":
-            await process.wait()
-            raise EngineFailed("The engine cannot try out JSON schemas.", code="engine_failed")
+        command = (sys.executable, "-m", "pronghorn.engines.openvino.grammars", self._gguf)
+        process = await start_child(*command, stderr=asyncio.subprocess.DEVNULL)
+        try:
+            if process.stdout is None or await process.stdout.readline() != b"READY\n":
+                raise EngineFailed("The engine cannot try out JSON schemas.", code="engine_failed")
+        except BaseException:  # that it is cancelled, too
+            await end_child(process)
+            raise
         return process
 
 
