@@ -454,6 +454,28 @@ async def test_a_name_that_does_not_resolve(host: str) -> None:
 
 
 @on_both_loops
+async def test_a_look_up_that_fails_after_it_was_given_up_is_no_problem() -> None:
+    client = EngineClient("http://nowhere.invalid")
+    given_up = [send(client) for _ in range(20)]
+    for _ in range(3):
+        await asyncio.sleep(0)  # the look-ups have begun
+    await client.close()
+    assert {await fault_of(sent) for sent in given_up} <= {FaultKind.ABORTED, FaultKind.DNS}
+    with suppress(socket.gaierror):  # it is answered after all but a few of the others, which wait for the same threads
+        await asyncio.get_running_loop().getaddrinfo("nowhere.invalid", 80)
+
+
+@on_both_loops
+async def test_of_the_addresses_of_a_host_one_that_takes_connections_is_enough() -> None:
+    async with engine() as served:  # on 127.0.0.1, and localhost is often ::1 first
+        client = EngineClient(f"http://localhost:{served.port}/v1")
+        sent = send(client)
+        await (await served.accept()).answer()
+        assert (await answer_of(sent)).status == 200
+        await client.close()
+
+
+@on_both_loops
 async def test_connect_timeout_covers_the_handshake() -> None:
     async with engine() as served:
         client = served.client("https", timeouts=Timeouts(connect_s=0.05))

@@ -140,19 +140,31 @@ class ConnectionPool:
         what = f"did not accept a connection within {limit_s:g} s"
         timer = self.loop.call_later(limit_s, request.fail, FaultKind.CONNECT_TIMEOUT, what)
         try:
-            await self.loop.create_connection(
-                partial(Connection, self, request),
-                self._address.host,
-                self._address.port,
-                ssl=self._ssl_context,
-                server_hostname=self._address.host if self._ssl_context else None,
-            )
+            await self._open(request)
         except Exception as error:
             # With a connection made, connection_lost has the say.
             if request.connection is None:
                 request.settle(self.gone() if request.retried else self._connect_fault(error))
         finally:
             timer.cancel()
+
+    async def _open(self, request: Request) -> None:
+        """Open a connection to the first of the host's addresses that takes one."""
+        # A look-up by uvloop's create_connection that fails after it was given up is logged as an error.
+        found = await self.loop.getaddrinfo(self._address.host, self._address.port, type=socket.SOCK_STREAM)
+        for number, (*_, address) in enumerate(found, start=1):
+            try:
+                await self.loop.create_connection(
+                    partial(Connection, self, request),
+                    str(address[0]),
+                    self._address.port,
+                    ssl=self._ssl_context,
+                    server_hostname=self._address.host if self._ssl_context else None,
+                )
+                return
+            except OSError as error:
+                if number == len(found) or isinstance(error, ssl.SSLError):
+                    raise
 
     def _connected(self, request: Request, task: asyncio.Task[None]) -> None:
         del self._connecting[task]
