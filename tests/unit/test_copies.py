@@ -40,6 +40,12 @@ def test_a_copy_of_what_has_no_answer_has_none() -> None:
     assert results.error_code(results.answered(BATCH, 3, b'"a"', Answer(400, {}, b"{}"))) is None
 
 
+def test_an_answer_of_any_depth_is_told_from_the_lack_of_one() -> None:
+    shallow = results.answered(BATCH, 3, b'"a"', Answer(400, {}, b"[]"))
+    deep = shallow.replace(b"[]", b"[" * 100_000 + b"]" * 100_000)
+    assert results.error_code(deep) is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_result_is_found_among_results_of_any_length(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)

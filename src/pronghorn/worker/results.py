@@ -34,7 +34,7 @@ class _Error(msgspec.Struct):
 
 
 class _Errored(msgspec.Struct):
-    error: _Error | None
+    error: _Error
 
 
 _decode_id = msgspec.json.Decoder(_Id).decode
@@ -94,8 +94,9 @@ def copied(batch_id: str, copy: Copy, custom_id: bytes, result: bytes) -> bytes:
 
 def error_code(result: bytes) -> str | None:
     """Return the code of a result that has no HTTP answer to show."""
-    error = _decode_error(result).error
-    return None if error is None else error.code
+    if result.startswith(_RESPONSE, result.index(_OUTCOME)):
+        return None  # undecoded: an answer may be nested deeper than a decoder goes
+    return _decode_error(result).error.code
 
 
 async def write_parts(shard: Shard, places: Mapping[int, Place], blobs: Blobs) -> ShardResult:
