@@ -25,8 +25,13 @@ from pronghorn.api.streams import StreamsApi
 from pronghorn.api.uploads import UploadsApi
 from pronghorn.api.webhooks import WebhooksApi
 from pronghorn.domain.addresses import AllowedHosts
-from pronghorn.errors import Stopping, StorageError, TooLarge
-from pronghorn.limits import JSON_BODY_BYTES_MAX, LIVE_BODY_BYTES_MAX, UPLOAD_COMPLETE_BODY_BYTES_MAX
+from pronghorn.errors import RequestError, SlowBody, Stopping, StorageError, TooLarge
+from pronghorn.limits import (
+    JSON_BODY_BYTES_MAX,
+    JSON_BODY_S_MAX,
+    LIVE_BODY_BYTES_MAX,
+    UPLOAD_COMPLETE_BODY_BYTES_MAX,
+)
 from pronghorn.settings import Settings
 from pronghorn.system import System
 
@@ -149,7 +154,7 @@ class _BreakOff:
 
 
 class _BodyLimit:
-    """Refuses a JSON body above the limit while it streams in, before it fills memory."""
+    """Refuses a JSON body above the limit while it streams in, before it fills memory, and one that does not arrive."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -160,24 +165,37 @@ class _BodyLimit:
             return
         bytes_max = _body_bytes_max(scope["path"])
         received = 0
+        # The route of a live request has a bound of its own.
+        late_at = None if scope["path"] in live.PATHS else asyncio.get_running_loop().time() + JSON_BODY_S_MAX
+        refusal: RequestError | None = None
+        started = False
 
         async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, late_at, refusal
+            try:
+                async with asyncio.timeout_at(late_at):
+                    message = await receive()
+            except TimeoutError as error:
+                refusal = SlowBody(f"The request's body did not arrive within {JSON_BODY_S_MAX:g} s.")
+                raise refusal from error
+            if not message.get("more_body", False):
+                late_at = None  # what comes now is that the client leaves
             received += len(message.get("body", b""))
             if received > bytes_max:
-                raise TooLarge("the rest is not read")
+                refusal = TooLarge(f"The request's body is above the limit of {bytes_max} bytes.")
+                raise refusal
             return message
 
         async def send_unless_refused(message: Message) -> None:
+            nonlocal started
             # The framework makes a 400 of its own out of whatever reading the body raises.
-            if received <= bytes_max:
+            if refusal is None or started:
+                started = True
                 await send(message)
 
-        with contextlib.suppress(TooLarge):
+        with contextlib.suppress(TooLarge, SlowBody):
             await self._app(scope, receive_limited, send_unless_refused)
-        if received > bytes_max:
-            refusal = TooLarge(f"The request's body is above the limit of {bytes_max} bytes.")
+        if refusal is not None and not started:
             await faults.envelope(refusal, {"connection": "close"})(scope, receive, send)
 
 

@@ -41,8 +41,13 @@ METADATA_PAIRS_MAX = 16
 METADATA_KEY_CHARS_MAX = 64
 METADATA_VALUE_CHARS_MAX = 512
 
+# The head of a request is a few kilobytes at once. A client that stalls or trickles must not keep a connection.
+REQUEST_HEAD_S_MAX = 30.0
+
 # A JSON request body (never a file) is read whole.
 JSON_BODY_BYTES_MAX = 1 * MIB
+# The longest one, the ids of an upload's parts, at 1 Mbit/s.
+JSON_BODY_S_MAX = 60.0
 
 # What can be a line can be tried as a live request.
 LIVE_BODY_BYTES_MAX = LINE_BYTES_MAX

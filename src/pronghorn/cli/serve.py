@@ -16,11 +16,13 @@ from pathlib import Path
 import msgspec
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pronghorn import settings as settings_table
 from pronghorn.app import create_app
 from pronghorn.domain.model import DEFAULT_ACCOUNT, Job
 from pronghorn.errors import UsageError
+from pronghorn.limits import REQUEST_HEAD_S_MAX
 from pronghorn.settings import Settings
 from pronghorn.system import System, running
 
@@ -58,7 +60,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> None:
         server = _Server(
             uvicorn.Config(
                 create_app(system, settings),
-                http="httptools",
+                http=ClientConnection,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -86,6 +88,40 @@ def _stop_on_signal(server: _Server, system: System, settings: Settings) -> None
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+
+
+class ClientConnection(HttpToolsProtocol):
+    """A client's connection, closed when a request that has begun, or the first one, does not come.
+
+    uvicorn closes one between two requests to which nothing comes, and would wait for ever while bytes trickle in. A
+    body has its bound where it is read; what is left of one whose request is answered already has that of a head.
+    """
+
+    _awaiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # There is no cycle before the first request.
+        if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
+            self._stop_awaiting()
+        elif self._awaiting is None:
+            self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_awaiting()
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        self._awaiting = self.loop.call_later(REQUEST_HEAD_S_MAX, self.transport.close)
+
+    def _stop_awaiting(self) -> None:
+        if self._awaiting is not None:
+            self._awaiting.cancel()
+            self._awaiting = None
 
 
 class _Server(uvicorn.Server):
