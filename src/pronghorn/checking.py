@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 from pronghorn.domain.model import Batch
@@ -29,9 +31,11 @@ class InputChecker:
         self._blobs = blobs
         self._engines = engines
         self._line_bytes_max = line_bytes_max
+        # Batches are planned one at a time, and wait for none of the dry runs that clients may ask for without bound.
+        self._planning = ThreadPoolExecutor(1, "planning")
 
     async def check(self, batch: Batch, census: Census | None = None) -> Plan | Rejection:
-        """Check every line of a batch's input; `census`, if given, is filled with what there is to run."""
+        """Check every line of a batch's input; a dry run has a `census`, which is filled with what there is to run."""
         file = await self._files.find(batch.input_file_id, batch.account_id)
         if file is None or file.has_expired(batch.stamps.created_at):  # once the batch is made, the file stays for it
             return _missing(batch)
@@ -58,6 +62,8 @@ class InputChecker:
             census=census,
         )
         try:
+            if census is None:
+                return await asyncio.get_running_loop().run_in_executor(self._planning, plan)
             return await self._blobs.through_whole_files(plan)
         except NotStored:
             return _missing(batch)
