@@ -43,6 +43,8 @@ METADATA_VALUE_CHARS_MAX = 512
 
 # The head of a request is a few kilobytes at once. A client that stalls or trickles must not keep a connection.
 REQUEST_HEAD_S_MAX = 30.0
+# No honest head comes near; more than one read brings, so that what came with a head need not be told from it.
+REQUEST_HEAD_BYTES_MAX = 512 * KIB
 
 # A JSON request body (never a file) is read whole.
 JSON_BODY_BYTES_MAX = 1 * MIB

@@ -16,6 +16,7 @@ from pronghorn import app as server_app
 from pronghorn.api import faults
 from pronghorn.cli import serve
 from pronghorn.cli.serve import ClientConnection
+from pronghorn.limits import REQUEST_HEAD_BYTES_MAX
 
 SHORT_S = 0.2
 
@@ -111,6 +112,30 @@ async def test_a_head_that_does_not_come_ends_the_connection(begun: bytes, more:
     async with connected() as connection:
         answered = await sent_until_closed(*connection, begun, more)
     assert answered.count(b"HTTP/1.1 ") == begun.count(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("piece", [b"a" * 60_000, b"a: " + b"b" * 60_000 + b"\r\n"], ids=["one header", "many"])
+async def test_a_head_that_has_no_end_ends_the_connection(piece: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "REQUEST_HEAD_S_MAX", 60)
+
+    async def send_until_closed(writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(piece)
+            await writer.drain()
+
+    async with connected() as (_, writer):
+        writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n")
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(send_until_closed(writer), 20)
+
+
+async def test_many_heads_in_one_piece_are_no_long_one() -> None:
+    asked = ASKED.replace(b"Host: x", b"Host: x\r\nA: " + b"a" * 8000)
+    times = 2 * REQUEST_HEAD_BYTES_MAX // len(asked)
+    async with connected() as (reader, writer):
+        writer.write(times * asked)
+        for _ in range(times):
+            await reader.readuntil(b"{}")
 
 
 @pytest.mark.parametrize("more", [b"", b" "], ids=["stalls", "trickles"])

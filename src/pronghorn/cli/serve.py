@@ -22,7 +22,7 @@ from pronghorn import settings as settings_table
 from pronghorn.app import create_app
 from pronghorn.domain.model import DEFAULT_ACCOUNT, Job
 from pronghorn.errors import UsageError
-from pronghorn.limits import REQUEST_HEAD_S_MAX
+from pronghorn.limits import REQUEST_HEAD_BYTES_MAX, REQUEST_HEAD_S_MAX
 from pronghorn.settings import Settings
 from pronghorn.system import System, running
 
@@ -91,13 +91,16 @@ def _stop_on_signal(server: _Server, system: System, settings: Settings) -> None
 
 
 class ClientConnection(HttpToolsProtocol):
-    """A client's connection, closed when a request that has begun, or the first one, does not come.
+    """A client's connection, closed when a request's head does not come or does not end.
 
-    uvicorn closes one between two requests to which nothing comes, and would wait for ever while bytes trickle in. A
-    body has its bound where it is read; what is left of one whose request is answered already has that of a head.
+    uvicorn closes one on which nothing comes after an answer; before the first request, and while bytes trickle in, it
+    waits for ever. A body has its bound where it is read; what is left of one whose request is answered already has
+    that of a head.
     """
 
     _awaiting: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -110,6 +113,18 @@ class ClientConnection(HttpToolsProtocol):
             self._stop_awaiting()
         elif self._awaiting is None:
             self._await_request()
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > REQUEST_HEAD_BYTES_MAX:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._in_head = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_awaiting()
