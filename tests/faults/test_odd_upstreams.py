@@ -153,6 +153,41 @@ def test_one_bad_replica_of_two_spoils_no_line(tmp_path: Path, bad: Behaviour) -
         assert engines[0].asked.total() < LINES, "the bad one is left alone while the other answers"
 
 
+class Crowded:
+    """Answers a few lines at a time, and gets rid of any others as `refuse` does."""
+
+    def __init__(self, refuse: Behaviour) -> None:
+        self._refuse = refuse
+        self._running = 0
+
+    async def __call__(self, wire: Wire) -> None:
+        if self._running >= 4:
+            await self._refuse(wire)
+            return
+        self._running += 1
+        try:
+            await unhurried(wire)
+        finally:
+            self._running -= 1
+
+
+async def is_a_gateway_to_none(wire: Wire) -> None:
+    await wire.answer(502, b"<html>")
+
+
+async def hangs_up(wire: Wire) -> None:
+    wire.close()
+
+
+@pytest.mark.parametrize("refuse", [is_a_gateway_to_none, hangs_up])
+def test_an_engine_that_fails_what_is_too_much_for_it_gets_less_and_spoils_no_line(
+    tmp_path: Path, refuse: Behaviour
+) -> None:
+    with running(Crowded(refuse)) as engines, serving(tmp_path, engines) as server:
+        batch = server.await_batch(server.create_batch(server.upload(batch_input(LINES)))["id"])
+        check_output(server, batch, LINES)
+
+
 class Away:
     """Answers so many requests with a status, then is well."""
 

@@ -206,11 +206,15 @@ def test_one_line_in_a_thousand_that_takes_100_times_longer_holds_up_no_other() 
 
 
 class RefusingEngine:
-    """An engine that refuses what is above its capacity, or a share of all lines whatever their number."""
+    """An engine that refuses what is above its capacity, or a share of all lines whatever their number.
 
-    def __init__(self, *, capacity: int = 10**9, share: float = 0.0) -> None:
+    Where it `seems_away` it refuses as an engine does that is not there.
+    """
+
+    def __init__(self, *, capacity: int = 10**9, share: float = 0.0, seems_away: bool = False) -> None:
         self._capacity = capacity
         self._share = share
+        self._seems_away = seems_away
         self._rng = random.Random(7)
         self.now = 0.0
 
@@ -224,7 +228,8 @@ class RefusingEngine:
             over = self._rng.sample([n >= self._capacity for n in range(limit)], limit)
             for is_over in over:
                 refused = is_over or self._rng.random() < self._share
-                window.answered(self.now, limit, sent_at=sent_at, refused=refused)
+                away = refused and self._seems_away
+                window.answered(self.now, limit, sent_at=sent_at, refused=refused, away=away)
         return limits
 
 
@@ -235,13 +240,23 @@ def test_refusals_shrink_the_window_once_for_all_lines_that_were_in_flight_toget
     assert window.limit == int(WINDOW_INITIAL * DECREASE)
 
 
+def test_an_engine_that_answers_no_line_for_a_while_gets_as_many_as_before_when_it_is_back() -> None:
+    window, engine = Window(), SlotEngine(10**9)
+    while window.limit < 256:
+        engine.answer(window, 40)
+    before, away = window.limit, RefusingEngine(share=1.0, seems_away=True)
+    away.now = engine.now
+    assert away.answer(window, 100)[-1] == before
+
+
+@pytest.mark.parametrize("seems_away", [False, True])
 @pytest.mark.parametrize("capacity", [4, 30, 200])
-def test_a_window_above_what_an_engine_takes_shrinks_to_about_that(capacity: int) -> None:
+def test_a_window_above_what_an_engine_takes_shrinks_to_about_that(capacity: int, seems_away: bool) -> None:
     window = Window()
     engine = SlotEngine(10**9)
     while window.limit <= 2 * capacity:
         engine.answer(window, 40)
-    limits = RefusingEngine(capacity=capacity).answer(window, 400)
+    limits = RefusingEngine(capacity=capacity, seems_away=seems_away).answer(window, 400)
     assert all(DECREASE * capacity <= limit <= 1.6 * capacity + 8 for limit in limits[200:])
 
 

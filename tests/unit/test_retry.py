@@ -239,7 +239,9 @@ def test_an_unknown_model_is_waited_for_and_then_given_up() -> None:
 @pytest.mark.parametrize(
     "symptom",
     [
-        *(answer(status) for status in (429, 503, 504, 529)),
+        *(answer(status) for status in (429, 500, 502, 503, 504, 520, 529)),
+        fault(FaultKind.CONNECT_TIMEOUT),
+        fault(FaultKind.DISCONNECTED),
         fault(FaultKind.IDLE_TIMEOUT),
         fault(FaultKind.OUT_OF_FILES),
     ],
@@ -248,7 +250,7 @@ def test_some_symptoms_show_overload(symptom: Answer | Fault) -> None:
     assert shows_overload(symptom)
 
 
-@pytest.mark.parametrize("symptom", [*(answer(status) for status in (200, 400, 500, 502)), fault(FaultKind.REFUSED)])
+@pytest.mark.parametrize("symptom", [*(answer(status) for status in (200, 400, 403)), fault(FaultKind.REFUSED)])
 def test_others_do_not(symptom: Answer | Fault) -> None:
     assert not shows_overload(symptom)
 

@@ -31,7 +31,8 @@ class Window:
         self._refusals = Refusals()
         self._answers = 0
         self._refused = 0
-        self._weighed_from = 0, 0
+        self._away = 0
+        self._weighed_from = 0, 0, 0
         self._changed_at = float("-inf")
         self._round_from = 0, 0
         self._round_began: float | None = None
@@ -42,17 +43,22 @@ class Window:
         """After how many seconds to look at the engine's gauges again."""
         return self._gauging.interval_s
 
-    def answered(self, now: float, in_flight: int, *, sent_at: float, refused: bool = False) -> None:
-        """Count an answer to a line sent at `sent_at`; `in_flight` includes it; `refused`: it shows overload."""
+    def answered(
+        self, now: float, in_flight: int, *, sent_at: float, refused: bool = False, away: bool = False
+    ) -> None:
+        """Count an answer to a line sent at `sent_at`; `in_flight` includes it.
+
+        `refused` tells that it shows overload; `away`, that it would come from an engine that is not there, too.
+        """
         self._answers += 1
         began = self._round_began
         if began is None:
             if sent_at < self._changed_at or self.fixed:
                 return  # it says nothing about the limit that there is now
-            self._weighed_from = self._answers - 1, self._refused
+            self._weighed_from = self._answers - 1, self._refused, self._away
             began = self._begin_round(now)
         if refused:
-            self._weigh(now)
+            self._weigh(now, away=away)
         elif self._answers >= self._round_until and sent_at >= began:
             self._end_round(now, now - began, in_flight)
 
@@ -78,12 +84,14 @@ class Window:
         self._round_until = self._answers + self._search.round_lines(self.limit)
         return now
 
-    def _weigh(self, now: float) -> None:
+    def _weigh(self, now: float, *, away: bool) -> None:
         self._refused += 1
-        answers, refused = self._answers - self._weighed_from[0], self._refused - self._weighed_from[1]
-        if refused < REFUSALS_WEIGHED:
+        self._away += away
+        counts = self._answers, self._refused, self._away
+        answers, refused, aways = (count - before for count, before in zip(counts, self._weighed_from, strict=True))
+        if refused < REFUSALS_WEIGHED or aways == answers:
             return
-        self._weighed_from = self._answers, self._refused
+        self._weighed_from = counts
         limit = self._refusals.weigh(self.limit, refused / answers)
         if limit != self.limit:
             self._search.hold()

@@ -1,4 +1,4 @@
-"""What refusals (429, 503, 504, 529, timeouts) say about the number of lines in flight.
+"""What refusals (429, 5xx, lost connections, timeouts) say about the number of lines in flight.
 
 Those that its size causes all but vanish when it shrinks. Those that come anyway do not, and then the lines in flight
 are given back; from then on such a share of refusals is taken as usual.

@@ -174,6 +174,8 @@ _decode_uncounted = msgspec.json.Decoder(_Uncounted).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
 _OVERLOADED = (
+    FaultKind.CONNECT_TIMEOUT,
+    FaultKind.DISCONNECTED,
     FaultKind.FIRST_BYTE_TIMEOUT,
     FaultKind.IDLE_TIMEOUT,
     FaultKind.TOTAL_TIMEOUT,
@@ -201,7 +203,14 @@ def shows_overload(answer: Answer | Fault) -> bool:
     """Tell whether an engine shows by this that it has more than it can take, or that we have."""
     if isinstance(answer, Fault):
         return answer.kind in _OVERLOADED
-    return answer.status in (429, 503, 504, 529)
+    return answer.status == 429 or answer.status >= 500
+
+
+def may_be_away(answer: Answer | Fault) -> bool:
+    """Tell whether an engine that is not there, rather than overloaded, would show the same."""
+    if isinstance(answer, Fault):
+        return answer.kind in (FaultKind.DISCONNECTED, FaultKind.CONNECT_TIMEOUT)
+    return answer.status >= 500
 
 
 def shows_absence(answer: Answer | Fault) -> bool:

@@ -233,7 +233,8 @@ class Dispatcher:
             spared = effort._replace(spared=True)
             verdict = retry.judge(answer, run.endpoint, spared, self._clock.wall(), self._patience)
         refused = retry.shows_overload(answer)
-        lane.window.answered(now, lane.in_flight + lane.live + lane.held, sent_at=sent_at, refused=refused)
+        known = lane.in_flight + lane.live + lane.held
+        lane.window.answered(now, known, sent_at=sent_at, refused=refused, away=refused and retry.may_be_away(answer))
         lane.in_flight -= 1
         lane.quiet_since = now
         if lane.replica.slots is not None:
