@@ -22,7 +22,7 @@ from pronghorn import settings as settings_table
 from pronghorn.app import create_app
 from pronghorn.domain.model import DEFAULT_ACCOUNT, Job
 from pronghorn.errors import UsageError
-from pronghorn.limits import REQUEST_HEAD_BYTES_MAX, REQUEST_HEAD_S_MAX
+from pronghorn.limits import REQUEST_HEAD_BYTES_MAX, REQUEST_HEAD_S_MAX, UPLOAD_STEP_BYTES
 from pronghorn.settings import Settings
 from pronghorn.system import System, running
 
@@ -95,12 +95,13 @@ class ClientConnection(HttpToolsProtocol):
 
     uvicorn closes one on which nothing comes after an answer; before the first request, and while bytes trickle in, it
     waits for ever. A body has its bound where it is read; what is left of one whose request is answered already has
-    that of a head.
+    that of a head, anew for each UPLOAD_STEP_BYTES.
     """
 
     _awaiting: asyncio.TimerHandle | None = None
     _in_head = False
     _head_bytes = 0
+    _rest_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -117,6 +118,11 @@ class ClientConnection(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > REQUEST_HEAD_BYTES_MAX:
                 self.transport.abort()
+        elif self._awaiting is not None:
+            self._rest_bytes += len(data)
+            if self._rest_bytes >= UPLOAD_STEP_BYTES:
+                self._stop_awaiting()
+                self._await_request()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -131,6 +137,7 @@ class ClientConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _await_request(self) -> None:
+        self._rest_bytes = 0
         self._awaiting = self.loop.call_later(REQUEST_HEAD_S_MAX, self.transport.close)
 
     def _stop_awaiting(self) -> None:
