@@ -249,6 +249,18 @@ def test_an_engine_that_answers_no_line_for_a_while_gets_as_many_as_before_when_
     assert away.answer(window, 100)[-1] == before
 
 
+def test_an_engine_that_refused_every_line_for_a_while_soon_gets_as_many_as_before() -> None:
+    window, engine = Window(), SlotEngine(10**9)
+    while window.limit < 256:
+        engine.answer(window, 40)
+    before, refusing = window.limit, RefusingEngine(share=1.0)
+    refusing.now = engine.now
+    assert refusing.answer(window, 100)[-1] == 1
+    well = RefusingEngine()
+    well.now = refusing.now
+    assert well.answer(window, 20)[-1] >= before
+
+
 @pytest.mark.parametrize("seems_away", [False, True])
 @pytest.mark.parametrize("capacity", [4, 30, 200])
 def test_a_window_above_what_an_engine_takes_shrinks_to_about_that(capacity: int, seems_away: bool) -> None:

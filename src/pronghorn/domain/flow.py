@@ -81,7 +81,8 @@ class Window:
     def _begin_round(self, now: float) -> float:
         self._round_began = now
         self._round_from = self._answers, self._refused
-        self._round_until = self._answers + self._search.round_lines(self.limit)
+        recovering = self._refusals.recovering(self.limit)
+        self._round_until = self._answers + (self.limit if recovering else self._search.round_lines(self.limit))
         return now
 
     def _weigh(self, now: float, *, away: bool) -> None:

@@ -42,16 +42,21 @@ class Refusals:
         self._shrunk: _Shrunk | None = None
         self._usual_share = 0.0
         self._ceiling = 0
+        self._fast_below = 0
 
     def recovering(self, limit: int) -> bool:
         """Tell whether the limit has been taken below what it was, and not given back yet."""
         return limit < self._ceiling
 
     def recovered(self, limit: int, share: float) -> int:
-        """Return the limit that follows from a round's share of refusals while recovering."""
+        """Return the limit that follows from a round's share of refusals while recovering.
+
+        Fast up to where the engine last took some lines and refused others, and slowly from there.
+        """
         if share > self._fine():
             return limit
-        return min(self._ceiling, limit + max(1, round(limit * RECOVERY)))
+        step = limit if 2 * limit <= self._fast_below else max(1, round(limit * RECOVERY))
+        return min(self._ceiling, limit + step)
 
     def weigh(self, limit: int, share: float) -> int:
         """Return the limit that follows from the share of refusals under the present one."""
@@ -67,7 +72,10 @@ class Refusals:
         if self._shrunk is None or share <= self._shrunk.share * REMAINING_SHARE:
             self._shrunk = _Shrunk(limit, share)
         self._ceiling = max(self._ceiling, limit)
-        return max(1, int(limit * max(DECREASE, 1 - share + REFUSED_SHARE_FINE)))
+        shrunk = max(1, int(limit * max(DECREASE, 1 - share + REFUSED_SHARE_FINE)))
+        # Where all are refused, no size is to blame.
+        self._fast_below = shrunk if share < 1 else max(self._fast_below, limit)
+        return shrunk
 
     def _fine(self) -> float:
         return max(REFUSED_SHARE_FINE, min(REFUSED_SHARE_MAX, self._usual_share * ABOVE_USUAL))
