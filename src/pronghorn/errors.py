@@ -13,6 +13,7 @@ PronghornError
 │   ├── EngineUnreachable   503
 │   ├── OutOfFiles          503
 │   ├── Stopping            503
+│   ├── StorageBusy         503
 │   ├── EngineTimedOut      504
 │   └── OutOfSpace          507
 ├── UsageError              a command or a setting is wrong; one line on stderr, exit status 2
@@ -121,6 +122,14 @@ class OutOfFiles(RequestError):
 
 class Stopping(RequestError):
     """The server ends before the request does."""
+
+    status = 503
+    type = "server_error"
+    headers: Mapping[str, str] = {"retry-after": "5"}
+
+
+class StorageBusy(RequestError):
+    """The database refuses to be read or written at present; the client may try again later."""
 
     status = 503
     type = "server_error"

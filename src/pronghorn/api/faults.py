@@ -16,9 +16,12 @@ from pronghorn.domain.validation import type_name
 from pronghorn.errors import (
     Damaged,
     FileDamaged,
+    NotStored,
     OutOfFiles,
     OutOfSpace,
     RequestError,
+    StorageBusy,
+    StorageError,
     StorageFull,
     is_full,
     is_out_of_files,
@@ -79,6 +82,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(StorageFull, _full)
     app.add_exception_handler(Damaged, _damaged)
+    app.add_exception_handler(NotStored, _damaged)
+    app.add_exception_handler(StorageError, _refused)
     app.add_exception_handler(Exception, _bug)
 
 
@@ -141,6 +146,11 @@ async def _damaged(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s: %s", request.method, request.url.path, error)
     message = f"The file is not served, because its stored bytes are no longer what was stored: {error}."
     return envelope(FileDamaged(message, code="file_damaged"))
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s: %s", request.method, request.url.path, error)
+    return envelope(StorageBusy("The server's database cannot be used now. Try again soon.", code="storage_busy"))
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:

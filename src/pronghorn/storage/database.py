@@ -40,12 +40,20 @@ BUSY_TIMEOUT_S = 30
 
 
 class Database:
-    """Runs transactions on a SQLite file, after bringing its schema up to date."""
+    """Runs transactions on a SQLite file, after bringing its schema up to date.
+
+    Raises what `write` raises when the database cannot be opened now.
+    """
 
     def __init__(self, url: sa.URL) -> None:
         self._write_engine = _engine(url, writes=True)
-        self._migrate()
-        self._sync_log()
+        try:
+            self._migrate()
+            self._sync_log()
+        except DatabaseError as error:
+            raise _refusal(error) from error
+        self._path = Path(url.database or "")
+        self._inode = self._path.stat().st_ino
         _keep_room_for_log(Path(f"{url.database}-wal"))
         self._read_engine = _engine(url, writes=False)
         self._writer = ThreadPoolExecutor(1, "database-writer")
@@ -56,11 +64,17 @@ class Database:
 
         Raises StorageError, or StorageFull, when the database cannot be written now; nothing has changed then.
         """
-        return await self._run(self._writer, self._write_engine, transaction)
+
+        def kept() -> Result:
+            result = self._transact(self._write_engine, transaction)
+            self._end_if_gone()
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._writer, kept)
 
     async def read(self, query: Callable[[sa.Connection], Result]) -> Result:
         """Run `query` on a snapshot that holds every write that has returned."""
-        return await self._run(self._readers, self._read_engine, query)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._transact, self._read_engine, query)
 
     async def close(self) -> None:
         """Wait for what runs, then close every connection."""
@@ -69,17 +83,21 @@ class Database:
         self._read_engine.dispose()
         self._write_engine.dispose()
 
-    async def _run(
-        self, threads: ThreadPoolExecutor, engine: sa.Engine, body: Callable[[sa.Connection], Result]
-    ) -> Result:
-        def transaction() -> Result:
-            try:
-                with engine.begin() as connection:
-                    return body(connection)
-            except DatabaseError as error:
-                raise _refusal(error) from error
+    def _transact(self, engine: sa.Engine, body: Callable[[sa.Connection], Result]) -> Result:
+        try:
+            with engine.begin() as connection:
+                return body(connection)
+        except DatabaseError as error:
+            raise _refusal(error) from error
 
-        return await asyncio.get_running_loop().run_in_executor(threads, transaction)
+    def _end_if_gone(self) -> None:
+        """End before anything is acknowledged that only a file without a name holds."""
+        try:
+            in_place = self._path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            in_place = False
+        if not in_place:
+            durable.end_without(self._path)
 
     def _migrate(self) -> None:
         config = Config()

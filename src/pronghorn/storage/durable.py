@@ -71,6 +71,12 @@ def end_process(what: str) -> NoReturn:
     os._exit(EXIT_DISK_FAILED)
 
 
+def end_without(path: Path) -> NoReturn:
+    """Say on stderr that what everything is written to has been taken away and end at once."""
+    print(f"pronghorn: {path} has been removed or replaced while it was in use", file=sys.stderr, flush=True)
+    os._exit(EXIT_DISK_FAILED)
+
+
 def end_with_worker() -> NoReturn:
     """End as a worker of this process has, which has said on stderr why."""
     os._exit(EXIT_DISK_FAILED)
