@@ -16,9 +16,13 @@ import pytest
 from tests.faults.test_kill import batch_input, check_output
 from tests.processes import Server, configured
 
+from pronghorn.domain.retry import SERVER_ERROR_ATTEMPTS_MAX
 from pronghorn.engines.upstream import LIST_BYTES_MAX
 
 LINES = 300
+AWAY_AFTER = 50
+# What a line's five attempts take at most, 15 s, and a little.
+LONGER_THAN_ATTEMPTS_S = 16.0
 
 
 class Wire:
@@ -201,6 +205,56 @@ class Away:
             await wire.answer()
         else:
             await wire.answer(self._status, b'{"error": {"message": "not now"}}', "Retry-After: 1")
+
+
+class GatewayTo:
+    """A gateway to an engine that is away for `away_s` once it has answered AWAY_AFTER lines: `refuse` is what it does
+    then. The engine never runs `bad` lines, and says so."""
+
+    def __init__(self, away_s: float, refuse: Behaviour, bad: range = range(0)) -> None:
+        self._away_s = away_s
+        self._refuse = refuse
+        self._bad = {f"number {number} " for number in bad}
+        self._answered = 0
+        self._back_at = float("inf")
+        self.failed: Counter[str] = Counter()
+
+    async def __call__(self, wire: Wire) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._answered == AWAY_AFTER:
+            self._back_at = now + self._away_s
+        self._answered += 1
+        if self._answered > AWAY_AFTER and now < self._back_at:
+            await self._refuse(wire)
+        elif any(number in wire.prompt for number in self._bad):
+            self.failed[wire.prompt] += 1
+            await fails(wire)
+        else:
+            await unhurried(wire)
+
+
+@pytest.mark.parametrize("refuse", [is_a_gateway_to_none, hangs_up])
+def test_an_engine_that_is_away_behind_its_gateway_costs_no_line_an_attempt(tmp_path: Path, refuse: Behaviour) -> None:
+    with running(GatewayTo(LONGER_THAN_ATTEMPTS_S, refuse)) as engines, serving(tmp_path, engines, window=64) as server:
+        batch_id = server.create_batch(server.upload(batch_input(300)))["id"]
+        server.await_batch(batch_id, lambda batch: "a request of one token" in str(batch["progress"]))
+        check_output(server, server.await_batch(batch_id, timeout_s=90), 300)
+
+
+def test_a_gateway_to_an_engine_that_stays_away_is_waited_for_no_longer_than_is_set(tmp_path: Path) -> None:
+    away = GatewayTo(float("inf"), is_a_gateway_to_none)
+    with running(away) as engines, serving(tmp_path, engines, window=64, model_grace_s=0.5) as server:
+        batch = server.run_batch(batch_input(AWAY_AFTER + 100), timeout_s=90)
+        assert batch["request_counts"] == {"total": AWAY_AFTER + 100, "completed": AWAY_AFTER, "failed": 100}
+
+
+def test_many_bad_lines_in_a_row_fail_as_one_does(tmp_path: Path) -> None:
+    bad = range(AWAY_AFTER, AWAY_AFTER + 100)
+    engine = GatewayTo(0, fails, bad)
+    with running(engine) as engines, serving(tmp_path, engines, window=64) as server:
+        batch = server.run_batch(batch_input(AWAY_AFTER + 100), timeout_s=60)
+        assert batch["request_counts"] == {"total": AWAY_AFTER + 100, "completed": AWAY_AFTER, "failed": 100}
+        assert set(engine.failed.values()) == {SERVER_ERROR_ATTEMPTS_MAX}
 
 
 async def cuts_short(wire: Wire) -> None:

@@ -28,7 +28,7 @@ from pronghorn.storage.room import Room
 from pronghorn.storage.segments import Fate, Outcome, Segments
 from pronghorn.worker import results
 from pronghorn.worker.isolation import Isolation
-from pronghorn.worker.lane import Absence, Lane
+from pronghorn.worker.lane import FAILURES_IN_A_ROW_MAX, Absence, Lane
 from pronghorn.worker.lanes import Lanes
 from pronghorn.worker.neighbours import next_line
 from pronghorn.worker.protocol import (
@@ -111,7 +111,7 @@ class Dispatcher:
         self._recorder = Recorder(self._runs, blobs, room, report, self._report_progress, self.fill)
         self._background: set[asyncio.Task[None]] = set()
         self._waiting = 0
-        self._triage = Triage(clock, config.line_timeout_s, self._found)
+        self._triage = Triage(clock, config.line_timeout_s, config.model_grace_s, self._found)
         self._isolation = Isolation(self._lanes, self._triage.ask)
         self._patience = retry.Patience(config.refused_pause_s, config.model_grace_s)
         self._short = False
@@ -252,6 +252,7 @@ class Dispatcher:
         match verdict:
             case retry.Success(usage):
                 lane.failures_in_a_row = lane.put_off_in_a_row = 0
+                lane.well_at = now
                 self._is_well(lane, run.model, sent_at)
                 self._record(line, Fate.COMPLETED, usage, _success(line, answer))
             case retry.Failure() as failure:
@@ -294,12 +295,19 @@ class Dispatcher:
             line.failed_at |= {lane.replica.name}
         lane.failures_in_a_row += again.or_else is not None
         lane.put_off_in_a_row += 1
+        self._doubt_if_all_fail(lane)
         lane.complaint = retry.complaint(answer, again)
         if lane.puts_every_line_off and self._lanes.another_serves(lane, line.run):
             self._pause(lane, retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_ALL), line.run.model)
         if again.or_else is None and self._lanes.can_go_elsewhere(line):
             again = again._replace(wait_s_min=0.0, wait_s_max=0.0)
         self._try_again(line, again, answer)
+
+    def _doubt_if_all_fail(self, lane: Lane) -> None:
+        """Ask an engine that has begun to fail every line: behind a gateway it may be away."""
+        begun = lane.has_begun_to_fail(self._clock.monotonic(), self._config.model_grace_s)
+        if begun and lane.breaker.reason is None and lane.failures_in_a_row % FAILURES_IN_A_ROW_MAX == 0:
+            self._triage.ask(lane)
 
     def _note_shortage(self, answer: Answer | Fault) -> None:
         if not self._short and isinstance(answer, Fault):

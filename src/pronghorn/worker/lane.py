@@ -41,9 +41,9 @@ class Lane:
     to leave room for. `probe` is the line that tries it while it is paused or lacks the line's model, `alone` the line
     that is known to be its only one; `kept_clear` tells that it is for suspects. It has `last_prompt` in its one cache,
     or one of `freed_prompts` in each slot that is free. `failures_in_a_row` counts failures with no success between,
-    `put_off_in_a_row` those and rate limits; `complaint` is why a line was put off last. `doubt` is whether its engine
-    lives, and `canary` what asks it; `asked` is what it was sent a line for last. It has answered none of its lines
-    since `quiet_since`. `absent` are the models that it does not know.
+    the last of which was at `well_at`, `put_off_in_a_row` those and rate limits; `complaint` is why a line was put off
+    last. `doubt` is whether its engine lives, and `canary` what asks it; `asked` is what it was sent a line for last.
+    It has answered none of its lines since `quiet_since`. `absent` are the models that it does not know.
     """
 
     def __init__(self, replica: Replica, client: EngineClient) -> None:
@@ -61,6 +61,7 @@ class Lane:
         self.alone: Line | None = None
         self.kept_clear = False
         self.failures_in_a_row = 0
+        self.well_at = float("-inf")
         self.put_off_in_a_row = 0
         self.complaint = ""
         self.doubt: Doubt[Line] | None = None
@@ -78,6 +79,10 @@ class Lane:
     @property
     def fails_every_line(self) -> bool:
         return self.failures_in_a_row >= FAILURES_IN_A_ROW_MAX
+
+    def has_begun_to_fail(self, now: float, grace_s: float) -> bool:
+        """Tell whether an engine that fails every line had not done so until lately."""
+        return self.fails_every_line and now - self.well_at < grace_s
 
     @property
     def puts_every_line_off(self) -> bool:

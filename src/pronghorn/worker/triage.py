@@ -26,6 +26,7 @@ CANARY_S_MAX = 30.0
 QUIET_S_MAX = 60.0
 
 HANGS = "the engine takes requests and answers none, not even one of a single token"
+FAILS_CANARY = "the engine fails every line, and a request of one token as well"
 
 
 class Finding(NamedTuple):
@@ -40,8 +41,11 @@ class Finding(NamedTuple):
 class Triage:
     """Holds the doubts about every lane, and tells `found` what has become of each."""
 
-    def __init__(self, clock: Clock, line_timeout_s: float, found: Callable[[Lane, Finding], None]) -> None:
+    def __init__(
+        self, clock: Clock, line_timeout_s: float, grace_s: float, found: Callable[[Lane, Finding], None]
+    ) -> None:
         self._clock = clock
+        self._grace_s = grace_s
         self._canary_s_max = min(CANARY_S_MAX, line_timeout_s)
         self._found = found
 
@@ -62,7 +66,7 @@ class Triage:
         pause = verdict if isinstance(verdict, retry.Pause) and not verdict.model_only else None
         if pause is not None and retry.shows_absence(answer):
             self._settle(lane, Finding(doubt, alive=False, pause=pause))
-        elif isinstance(answer, Answer) and doubt.answered(sent_at):
+        elif isinstance(answer, Answer) and not self._fails_as_all_do(lane, verdict) and doubt.answered(sent_at):
             self._settle(lane, Finding(doubt, alive=True, pause=pause))
 
     def watch(self, lane: Lane) -> None:
@@ -108,6 +112,8 @@ class Triage:
                 asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
             case retry.Lost(hung=False):
                 self._canary_lost(lane, doubt)
+            case retry.Again() if self._fails_as_all_do(lane, verdict):
+                self._settle(lane, self._fails_all(lane, doubt))
             case _:
                 self._settle(lane, Finding(doubt, alive=True))
 
@@ -116,8 +122,19 @@ class Triage:
         doubt.canaries_lost += 1
         if doubt.canaries_lost < CANARIES_LOST_MAX:
             asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
+        elif lane.has_begun_to_fail(self._clock.monotonic(), self._grace_s):
+            self._settle(lane, self._fails_all(lane, doubt))
         else:
             self._settle(lane, Finding(doubt, alive=True))
+
+    def _fails_as_all_do(self, lane: Lane, verdict: retry.Verdict) -> bool:
+        """Tell whether an answer is one more failure of an engine that has begun to fail every line."""
+        failed = isinstance(verdict, retry.Again) and verdict.or_else is not None
+        return failed and lane.has_begun_to_fail(self._clock.monotonic(), self._grace_s)
+
+    def _fails_all(self, lane: Lane, doubt: Doubt[Line]) -> Finding:
+        pause = retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_CANARY)
+        return Finding(doubt, alive=False, pause=pause, silent=True)
 
     def _settle(self, lane: Lane, finding: Finding) -> None:
         lane.doubt = None
