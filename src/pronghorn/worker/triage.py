@@ -66,7 +66,9 @@ class Triage:
         pause = verdict if isinstance(verdict, retry.Pause) and not verdict.model_only else None
         if pause is not None and retry.shows_absence(answer):
             self._settle(lane, Finding(doubt, alive=False, pause=pause))
-        elif isinstance(answer, Answer) and not self._fails_as_all_do(lane, verdict) and doubt.answered(sent_at):
+        elif (
+            isinstance(answer, Answer) and not self._fails_as_all_do(lane, answer, verdict) and doubt.answered(sent_at)
+        ):
             self._settle(lane, Finding(doubt, alive=True, pause=pause))
 
     def watch(self, lane: Lane) -> None:
@@ -112,7 +114,7 @@ class Triage:
                 asyncio.get_running_loop().call_later(CANARY_AFTER_S, self._ask, lane, doubt)
             case retry.Lost(hung=False):
                 self._canary_lost(lane, doubt)
-            case retry.Again() if self._fails_as_all_do(lane, verdict):
+            case retry.Again() if self._fails_as_all_do(lane, answer, verdict):
                 self._settle(lane, self._fails_all(lane, doubt))
             case _:
                 self._settle(lane, Finding(doubt, alive=True))
@@ -127,9 +129,15 @@ class Triage:
         else:
             self._settle(lane, Finding(doubt, alive=True))
 
-    def _fails_as_all_do(self, lane: Lane, verdict: retry.Verdict) -> bool:
+    def _fails_as_all_do(self, lane: Lane, answer: Answer | Fault, verdict: retry.Verdict) -> bool:
         """Tell whether an answer is one more failure of an engine that has begun to fail every line."""
-        failed = isinstance(verdict, retry.Again) and verdict.or_else is not None
+        match verdict:
+            case retry.Again(or_else=retry.Failure()):
+                failed = True
+            case retry.Failure(code=code):
+                failed = code is not None or retry.may_be_away(answer)
+            case _:
+                failed = False
         return failed and lane.has_begun_to_fail(self._clock.monotonic(), self._grace_s)
 
     def _fails_all(self, lane: Lane, doubt: Doubt[Line]) -> Finding:
