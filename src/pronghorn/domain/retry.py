@@ -213,6 +213,17 @@ def may_be_away(answer: Answer | Fault) -> bool:
     return answer.status >= 500
 
 
+def has_failed(answer: Answer | Fault, verdict: Verdict) -> bool:
+    """Tell whether an answer is no outcome but a failure that may pass, were it the last that the line can have."""
+    match verdict:
+        case Again(or_else=Failure()):
+            return True
+        case Failure(code=code):
+            return code is not None or may_be_away(answer)
+        case _:
+            return False
+
+
 def shows_absence(answer: Answer | Fault) -> bool:
     """Tell whether an engine that is to be left alone is not there, rather than there and refusing."""
     return isinstance(answer, Fault) or answer.status == 503

@@ -256,9 +256,13 @@ class Dispatcher:
                 self._is_well(lane, run.model, sent_at)
                 self._record(line, Fate.COMPLETED, usage, _success(line, answer))
             case retry.Failure() as failure:
-                lane.failures_in_a_row = lane.failures_in_a_row + 1 if line.charged > 1 else 0
+                failed = retry.has_failed(answer, failure)
+                lane.failures_in_a_row = lane.failures_in_a_row + 1 if failed else 0
                 lane.put_off_in_a_row = lane.failures_in_a_row
-                self._is_well(lane, run.model, sent_at, knows_model=not _is_404(answer))
+                if failed:
+                    self._doubt_if_all_fail(lane)
+                if not (failed and lane.breaker.silent):
+                    self._is_well(lane, run.model, sent_at, knows_model=not _is_404(answer))
                 self._record(line, Fate.FAILED, Usage(), _failure(line, answer, failure))
             case retry.Again() as again:
                 if refused:

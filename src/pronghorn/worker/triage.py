@@ -131,13 +131,7 @@ class Triage:
 
     def _fails_as_all_do(self, lane: Lane, answer: Answer | Fault, verdict: retry.Verdict) -> bool:
         """Tell whether an answer is one more failure of an engine that has begun to fail every line."""
-        match verdict:
-            case retry.Again(or_else=retry.Failure()):
-                failed = True
-            case retry.Failure(code=code):
-                failed = code is not None or retry.may_be_away(answer)
-            case _:
-                failed = False
+        failed = retry.has_failed(answer, verdict)
         return failed and lane.has_begun_to_fail(self._clock.monotonic(), self._grace_s)
 
     def _fails_all(self, lane: Lane, doubt: Doubt[Line]) -> Finding:
