@@ -297,9 +297,9 @@ class Dispatcher:
             line.limited_at |= {lane.replica.name}
         else:
             line.failed_at |= {lane.replica.name}
-        lane.failures_in_a_row += again.or_else is not None
+            lane.failures_in_a_row += 1
+            self._doubt_if_all_fail(lane)
         lane.put_off_in_a_row += 1
-        self._doubt_if_all_fail(lane)
         lane.complaint = retry.complaint(answer, again)
         if lane.puts_every_line_off and self._lanes.another_serves(lane, line.run):
             self._pause(lane, retry.Pause(*retry.engine_wait(lane.breaker.trips), FAILS_ALL), line.run.model)
