@@ -99,6 +99,8 @@ class Triage:
     def _answered(self, lane: Lane, doubt: Doubt[Line], answer: Answer | Fault) -> None:
         lane.canary = None
         if lane.doubt is not doubt or lane.asked is None:
+            if lane.doubt is not None:  # it arose while this canary was being given up
+                self._ask(lane, lane.doubt)
             return
         effort = retry.Effort(pauses=lane.breaker.trips)
         verdict = retry.judge(answer, lane.asked[0], effort, self._clock.wall())
