@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pronghorn.domain.flow import WINDOW_INITIAL, WINDOW_MAX, Window
 from pronghorn.domain.gauging import Gauges
 from pronghorn.domain.refusals import DECREASE
+from pronghorn.domain.search import HEADROOM
 from tests.simulation import TRIALS, Fixed, Line, Model, Trial, batch, simulate
 
 
@@ -247,6 +248,9 @@ def test_an_engine_that_answers_no_line_for_a_while_gets_as_many_as_before_when_
     before, away = window.limit, RefusingEngine(share=1.0, seems_away=True)
     away.now = engine.now
     assert away.answer(window, 100)[-1] == before
+    well = RefusingEngine(share=0.02)
+    well.now = away.now
+    assert min(well.answer(window, 20)) >= before, "what came while it was away is not counted with what comes then"
 
 
 def test_an_engine_that_refused_every_line_for_a_while_soon_gets_as_many_as_before() -> None:
@@ -272,10 +276,12 @@ def test_a_window_above_what_an_engine_takes_shrinks_to_about_that(capacity: int
     assert all(DECREASE * capacity <= limit <= 1.6 * capacity + 8 for limit in limits[200:])
 
 
-@pytest.mark.parametrize("share", [0.02, 0.08, 0.2])
-def test_refusals_that_do_not_come_from_its_size_leave_a_window_large(share: float) -> None:
-    limits = RefusingEngine(share=share).answer(Window(), 300)
-    assert min(limits[150:]) >= WINDOW_INITIAL
+@pytest.mark.parametrize(
+    ("share", "seems_away"), [(0.02, False), (0.08, False), (0.2, False), (0.3, True), (0.5, True), (0.7, True)]
+)
+def test_refusals_that_do_not_come_from_its_size_leave_a_window_large(share: float, seems_away: bool) -> None:
+    limits = RefusingEngine(share=share, seems_away=seems_away).answer(Window(), 300)
+    assert min(limits[150:]) >= int(WINDOW_INITIAL / HEADROOM**2), "a trial with less included"
 
 
 def test_a_window_lets_at_least_one_line_through() -> None:

@@ -32,6 +32,7 @@ class Window:
         self._answers = 0
         self._refused = 0
         self._away = 0
+        self._away_in_a_row = 0
         self._weighed_from = 0, 0, 0
         self._changed_at = float("-inf")
         self._round_from = 0, 0
@@ -59,7 +60,11 @@ class Window:
             began = self._begin_round(now)
         if refused:
             self._weigh(now, away=away)
-        elif self._answers >= self._round_until and sent_at >= began:
+            return
+        if self._away_in_a_row >= REFUSALS_WEIGHED:
+            self._weighed_from = self._answers - 1, self._refused, self._away  # the engine was away, and is back
+        self._away_in_a_row = 0
+        if self._answers >= self._round_until and sent_at >= began:
             self._end_round(now, now - began, in_flight)
 
     def gauged(self, now: float, gauges: Gauges, in_flight: int) -> None:
@@ -88,12 +93,13 @@ class Window:
     def _weigh(self, now: float, *, away: bool) -> None:
         self._refused += 1
         self._away += away
+        self._away_in_a_row = self._away_in_a_row + 1 if away else 0
         counts = self._answers, self._refused, self._away
         answers, refused, aways = (count - before for count, before in zip(counts, self._weighed_from, strict=True))
         if refused < REFUSALS_WEIGHED or aways == answers:
             return
         self._weighed_from = counts
-        limit = self._refusals.weigh(self.limit, refused / answers)
+        limit = self._refusals.weigh(self.limit, refused / answers, plain=2 * aways < refused)
         if limit != self.limit:
             self._search.hold()
             self._move(now, limit)

@@ -14,7 +14,7 @@ REFUSALS_WEIGHED = 8
 DECREASE = 0.7
 # Up to this share of all answers, refusals show that a limit is used up, which is as it should be.
 REFUSED_SHARE_FINE = 0.05
-# From this share on, refusals are overload, whatever shrinking has done so far.
+# From this share on, plain refusals are overload, whatever shrinking has done so far.
 REFUSED_SHARE_MAX = 0.5
 # What is given back in a round with few refusals.
 RECOVERY = 0.05
@@ -29,10 +29,10 @@ class _Shrunk(NamedTuple):
     limit: int
     share: float
 
-    def came_anyway(self, limit: int, share: float) -> bool:
+    def came_anyway(self, limit: int, share: float, share_max: float) -> bool:
         """Tell from the share that is left at a smaller limit that refusals have another cause than the size."""
-        low_enough = limit <= self.limit * (1 - self.share)
-        return low_enough and self.share * REMAINING_SHARE < share <= REFUSED_SHARE_MAX
+        low_enough = limit <= max(1, self.limit * (1 - self.share))
+        return low_enough and self.share * REMAINING_SHARE < share <= share_max
 
 
 class Refusals:
@@ -41,6 +41,8 @@ class Refusals:
     def __init__(self) -> None:
         self._shrunk: _Shrunk | None = None
         self._usual_share = 0.0
+        self._shown_share = 0.0
+        self._share_max = REFUSED_SHARE_MAX
         self._ceiling = 0
         self._fast_below = 0
 
@@ -58,16 +60,23 @@ class Refusals:
         step = limit if 2 * limit <= self._fast_below else max(1, round(limit * RECOVERY))
         return min(self._ceiling, limit + step)
 
-    def weigh(self, limit: int, share: float) -> int:
-        """Return the limit that follows from the share of refusals under the present one."""
+    def weigh(self, limit: int, share: float, *, plain: bool = True) -> int:
+        """Return the limit that follows from the share of refusals under the present one.
+
+        They are `plain` where they can be nothing else: those that may be failures of the lines have no share that is
+        overload in any case.
+        """
+        self._share_max = REFUSED_SHARE_MAX if plain else 1.0
         if share <= self._fine():
-            self._usual_share += (share - self._usual_share) / 4
+            usual = self._usual_share + (share - self._usual_share) / 4
+            # Where no share is too much, it must not creep up beyond what shrinking has shown to come anyway.
+            self._usual_share = usual if plain else min(usual, self._shown_share)
             self._shrunk = None
             return limit
-        if self._shrunk is not None and self._shrunk.came_anyway(limit, share):
+        if self._shrunk is not None and self._shrunk.came_anyway(limit, share, self._share_max):
             before, self._shrunk = self._shrunk.limit, None
             self._ceiling = 0
-            self._usual_share = max(self._usual_share, share)
+            self._usual_share = self._shown_share = max(self._usual_share, share)
             return before
         if self._shrunk is None or share <= self._shrunk.share * REMAINING_SHARE:
             self._shrunk = _Shrunk(limit, share)
@@ -78,4 +87,4 @@ class Refusals:
         return shrunk
 
     def _fine(self) -> float:
-        return max(REFUSED_SHARE_FINE, min(REFUSED_SHARE_MAX, self._usual_share * ABOVE_USUAL))
+        return max(REFUSED_SHARE_FINE, min(self._share_max, self._usual_share * ABOVE_USUAL))
