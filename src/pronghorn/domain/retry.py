@@ -173,6 +173,8 @@ _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_uncounted = msgspec.json.Decoder(_Uncounted).decode
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
 
+# Failures that time is likelier to cure than those of the engine itself.
+_MAY_PASS = (408, 409, 425, 502, 504, 529)
 _OVERLOADED = (
     FaultKind.CONNECT_TIMEOUT,
     FaultKind.DISCONNECTED,
@@ -218,8 +220,11 @@ def has_failed(answer: Answer | Fault, verdict: Verdict) -> bool:
     match verdict:
         case Again(or_else=Failure()):
             return True
-        case Failure(code=code):
-            return code is not None or may_be_away(answer)
+        case Failure(code=None, status=status) if isinstance(answer, Answer):
+            status = status or answer.status
+            return status >= 500 or status in _MAY_PASS
+        case Failure():
+            return True
         case _:
             return False
 
@@ -330,7 +335,7 @@ def _judge_refusal(
             wait = None if wait is None else min(max(wait, 1.0), RETRY_AFTER_LINE_S_MAX)
             bounds = (wait, wait) if wait is not None else engine_wait(effort.pauses)
             return Pause(*bounds, "the engine answers 503 (loading or overloaded)")
-        case 408 | 409 | 425 | 502 | 504 | 529:
+        case _ if status in _MAY_PASS:
             return _retry_or(Failure(), effort)
         case _ if status >= 500:
             return _retry_or(
