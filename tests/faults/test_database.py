@@ -53,7 +53,7 @@ def test_while_another_process_holds_the_database_requests_are_refused_and_batch
         assert "Traceback" not in server.log()
 
 
-@pytest.mark.parametrize("name", [".", "pronghorn.db"])
+@pytest.mark.parametrize("name", [".", "pronghorn.db", "pronghorn.db-wal"])
 def test_a_server_whose_database_is_taken_away_acknowledges_nothing_more(tmp_path: Path, name: str) -> None:
     with (
         ScriptedProcess(tmp_path / "engine.log") as engine,

@@ -52,9 +52,9 @@ class Database:
             self._sync_log()
         except DatabaseError as error:
             raise _refusal(error) from error
-        self._path = Path(url.database or "")
-        self._inode = self._path.stat().st_ino
         _keep_room_for_log(Path(f"{url.database}-wal"))
+        paths = (Path(url.database or ""), Path(f"{url.database}-wal"))
+        self._files = {path: identity for path in paths if (identity := _identity(path)) is not None}
         self._read_engine = _engine(url, writes=False)
         self._writer = ThreadPoolExecutor(1, "database-writer")
         self._readers = ThreadPoolExecutor(READERS, "database-reader")
@@ -92,12 +92,9 @@ class Database:
 
     def _end_if_gone(self) -> None:
         """End before anything is acknowledged that only a file without a name holds."""
-        try:
-            in_place = self._path.stat().st_ino == self._inode
-        except FileNotFoundError:
-            in_place = False
-        if not in_place:
-            durable.end_without(self._path)
+        for path, identity in self._files.items():
+            if _identity(path) != identity:
+                durable.end_without(path)
 
     def _migrate(self) -> None:
         config = Config()
@@ -134,6 +131,15 @@ def _refusal(error: DatabaseError) -> Exception:
     if isinstance(error, OperationalError):
         return StorageError(f"the database refuses: {error.orig}")
     return error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from all others, None when it cannot be found."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _engine(url: sa.URL, *, writes: bool) -> sa.Engine:
