@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 from pronghorn import app as server_app
 from pronghorn.api import faults
@@ -46,6 +46,11 @@ def small_app() -> FastAPI:
     @app.post("/echo")
     async def echo(body: dict[str, int]) -> dict[str, int]:
         return body
+
+    @app.post("/headers")
+    async def headers(request: Request) -> list[str]:
+        await request.body()
+        return list(request.headers)
 
     @app.get("/slow")
     async def slow() -> str:
@@ -177,3 +182,11 @@ async def test_an_answer_takes_as_long_as_it_takes_and_so_does_the_pause_before_
             await asyncio.sleep(2 * SHORT_S)
         writer.write(ASKED)
         assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_what_comes_behind_a_body_in_the_form_of_headers_is_not_kept() -> None:
+    async with connected() as (reader, writer):
+        writer.write(b"POST /headers HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"2\r\n{}\r\n0\r\nTrailer-1: x\r\nTrailer-2: x\r\n\r\n")
+        answer = await reader.readuntil(b"]")
+    assert answer.endswith(b'["host","transfer-encoding"]')

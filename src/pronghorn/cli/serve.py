@@ -124,6 +124,10 @@ class ClientConnection(HttpToolsProtocol):
                 self._stop_awaiting()
                 self._await_request()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # else it comes behind a body, where nobody reads it
+            super().on_header(name, value)
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
