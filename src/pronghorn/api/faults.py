@@ -150,7 +150,7 @@ async def _damaged(request: Request, error: Exception) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s: %s", request.method, request.url.path, error)
-    return envelope(StorageBusy("The server's database cannot be used now. Try again soon.", code="storage_busy"))
+    return envelope(StorageBusy("The server's storage cannot be used now. Try again soon.", code="storage_busy"))
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:

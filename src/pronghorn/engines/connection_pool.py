@@ -152,6 +152,8 @@ class ConnectionPool:
         """Open a connection to the first of the host's addresses that takes one."""
         # A look-up by uvloop's create_connection that fails after it was given up is logged as an error.
         found = await self.loop.getaddrinfo(self._address.host, self._address.port, type=socket.SOCK_STREAM)
+        if not found:
+            raise OSError("its host name has no address")
         for number, (*_, address) in enumerate(found, start=1):
             try:
                 await self.loop.create_connection(
