@@ -27,6 +27,8 @@ from pronghorn.limits import MIB
 KNOWN_MAX = 256
 # A schema of ordinary size takes milliseconds.
 TRIAL_S_MAX = 30.0
+# A process that reads a vocabulary takes a second or two.
+START_S_MAX = 60.0
 TRIAL_BYTES_MAX = 4096 * MIB
 # Larger schemas make grammars that slow every token down.
 SCHEMA_CHARS_MAX = 64 * 1024
@@ -37,7 +39,7 @@ class Grammars:
     """Tells which schemas the pipeline can read."""
 
     def __init__(self, gguf: str) -> None:
-        self._gguf = gguf
+        self._command = (sys.executable, "-m", "pronghorn.engines.openvino.grammars", gguf)
         self._known: OrderedDict[str, str | None] = OrderedDict()
         self._process: asyncio.subprocess.Process | None = None
         self._one_at_a_time = asyncio.Lock()
@@ -57,6 +59,9 @@ class Grammars:
     async def _try(self, schema: str) -> str | None:
         if len(schema) > SCHEMA_CHARS_MAX:
             return f"it has more than {SCHEMA_CHARS_MAX} characters"
+        if self._process is not None and self._process.returncode is not None:  # it has ended between two schemas
+            await end_child(self._process)
+            self._process = None
         self._process = process = self._process or await self._start()
         verdict = b""
         try:
@@ -73,14 +78,18 @@ class Grammars:
         return verdict.decode(errors="replace").strip() or "it takes too much time or memory"
 
     async def _start(self) -> asyncio.subprocess.Process:
-        command = (sys.executable, "-m", "pronghorn.engines.openvino.grammars", self._gguf)
-        process = await start_child(*command, stderr=asyncio.subprocess.DEVNULL)
+        process = await start_child(*self._command, stderr=asyncio.subprocess.DEVNULL)
         try:
-            if process.stdout is None or await process.stdout.readline() != b"READY\n":
-                raise EngineFailed("The engine cannot try out JSON schemas.", code="engine_failed")
+            async with asyncio.timeout(START_S_MAX):
+                line = await process.stdout.readline() if process.stdout else b""
+        except TimeoutError:
+            line = b""
         except BaseException:  # that it is cancelled, too
             await end_child(process)
             raise
+        if line != b"READY\n":
+            await end_child(process)
+            raise EngineFailed("The engine cannot try out JSON schemas.", code="engine_failed")
         return process
 
 
