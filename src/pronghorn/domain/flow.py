@@ -86,8 +86,8 @@ class Window:
     def _begin_round(self, now: float) -> float:
         self._round_began = now
         self._round_from = self._answers, self._refused
-        recovering = self._refusals.recovering(self.limit)
-        self._round_until = self._answers + (self.limit if recovering else self._search.round_lines(self.limit))
+        fast = self._refusals.recovering_fast(self.limit)
+        self._round_until = self._answers + (self.limit if fast else self._search.round_lines(self.limit))
         return now
 
     def _weigh(self, now: float, *, away: bool) -> None:

@@ -50,14 +50,15 @@ class Refusals:
         """Tell whether the limit has been taken below what it was, and not given back yet."""
         return limit < self._ceiling
 
-    def recovered(self, limit: int, share: float) -> int:
-        """Return the limit that follows from a round's share of refusals while recovering.
+    def recovering_fast(self, limit: int) -> bool:
+        """Tell whether the limit is far below where the engine last took some lines and refused others."""
+        return self.recovering(limit) and 2 * limit <= self._fast_below
 
-        Fast up to where the engine last took some lines and refused others, and slowly from there.
-        """
+    def recovered(self, limit: int, share: float) -> int:
+        """Return the limit that follows from a round's share of refusals while recovering."""
         if share > self._fine():
             return limit
-        step = limit if 2 * limit <= self._fast_below else max(1, round(limit * RECOVERY))
+        step = limit if self.recovering_fast(limit) else max(1, round(limit * RECOVERY))
         return min(self._ceiling, limit + step)
 
     def weigh(self, limit: int, share: float, *, plain: bool = True) -> int:
